@@ -1,0 +1,336 @@
+"""The one schema of every command: frozen dataclasses, a section for each component.
+
+A component receives its own section and never the whole `Config`. Units stand in the names; numbers that
+follow from others are properties. Rules inside one section are checked when it is built, rules between
+sections in `check.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from grn_scale.errors import ConfigError
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ConfigError with `message` unless `condition` holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    require(value in choices, f"{name} is {value!r}, but must be one of {', '.join(choices)}")
+
+
+def require_positive(section: str, **values: float) -> None:
+    for name, value in values.items():
+        require(value > 0, f"{section}.{name} is {value}, but must be greater than 0")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a GRN text/video transformer; travels with the weights."""
+
+    hidden_size: int = 192
+    """Width of the transformer."""
+    num_layers: int = 8
+    num_heads: int = 4
+    ffn_hidden_size: int = 768
+    """Inner width of the SwiGLU MLP; the official sizes use 256 * round(ratio * hidden_size / 256)."""
+    num_chunks: int = 2
+    """Only names: official keys count layers inside chunks (block_chunks.<chunk>.module.<i>)."""
+    text_hidden_size: int = 4096
+    """Width of the text encoder's states."""
+    latent_channels: int = 16
+    """Channels of the video tokenizer's latent."""
+    rounds: int = 4
+    """HBQ rounds (bits per latent channel)."""
+    label_form: str = "bit"
+    """bit: rounds * latent_channels binary labels a token; index: latent_channels labels of 2^rounds classes."""
+    layout: str = "v2"
+    """v2: all tokens of a sample see each other; v1: text sees text only."""
+    task_tags: bool = True
+    """Put <T2I>, <T2V> or <I2V> before the caption (official v2 weights expect it)."""
+    end_fraction: float = 0.95
+    """Largest share of predictions the sampler's schedule takes over (0.999 in v1, 0.95 in v2)."""
+
+    def __post_init__(self) -> None:
+        require_choice("model.label_form", self.label_form, ("bit", "index"))
+        require_choice("model.layout", self.layout, ("v1", "v2"))
+        require_positive("model", hidden_size=self.hidden_size, num_layers=self.num_layers, num_heads=self.num_heads,
+                         ffn_hidden_size=self.ffn_hidden_size, num_chunks=self.num_chunks,
+                         text_hidden_size=self.text_hidden_size, latent_channels=self.latent_channels)
+        require(1 <= self.rounds <= 8, f"model.rounds is {self.rounds}, but must lie between 1 and 8")
+        require(self.hidden_size % self.num_heads == 0,
+                f"model.hidden_size ({self.hidden_size}) must be a multiple of model.num_heads ({self.num_heads})")
+        require(self.head_size % 2 == 0,
+                f"model.hidden_size / model.num_heads is {self.head_size}, but rotary pairs need an even head size")
+        require(self.num_layers % self.num_chunks == 0,
+                f"model.num_layers ({self.num_layers}) must be a multiple of model.num_chunks ({self.num_chunks})")
+        require(0 < self.end_fraction <= 1, f"model.end_fraction is {self.end_fraction}, but must lie in (0, 1]")
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def label_channels(self) -> int:
+        """D: labels a token."""
+        return self.latent_channels * (self.rounds if self.label_form == "bit" else 1)
+
+    @property
+    def classes(self) -> int:
+        """K: classes a label."""
+        return 2 if self.label_form == "bit" else 2**self.rounds
+
+    @property
+    def bits_per_token(self) -> int:
+        """Bits a token has in the shards, whatever the label form."""
+        return self.latent_channels * self.rounds
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Which video tokenizer turns pixels into latents."""
+
+    path: str = "small"
+    """safetensors file with official key names, or "small" for the one that ships with grn_scale."""
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Which text encoder turns captions into states."""
+
+    encoder: str = ""
+    """Hugging Face folder of a UMT5 encoder with its sentencepiece tokenizer."""
+    max_tokens: int = 512
+    """Longer captions are cut, the end token kept."""
+
+    def __post_init__(self) -> None:
+        require_positive("text", max_tokens=self.max_tokens)
+
+
+@dataclass(frozen=True)
+class TokenizeConfig:
+    """How clips become token shards."""
+
+    fps: float = 16.0
+    """Frames a second of the tokenized clip; sources are sampled by their timestamps."""
+    max_frames: int = 209
+    """Longest clip kept, in frames of `fps` (1 + 4k)."""
+    latent_side: int = 40
+    """Side of a square clip in latent cells of 16 pixels: 16, 32, 40, 60, 64, 90 are the official budgets
+    0.06M, 0.25M, 0.41M, 0.92M, 1M, 2M; the aspect ratio then gives height and width."""
+    shard_samples: int = 1024
+    """Samples a video shard holds."""
+    batch_clips: int = 8
+    """Clips of one bucket that are encoded together."""
+    decode_processes: int = 1
+    """Child processes that decode; a crash or hang costs one clip."""
+    decode_timeout_seconds: float = 60.0
+    max_bad_fraction: float = 0.05
+    """Stop (exit 78) when more of the manifest than this is quarantined."""
+
+    def __post_init__(self) -> None:
+        require_positive("tokenize", fps=self.fps, latent_side=self.latent_side, shard_samples=self.shard_samples,
+                         batch_clips=self.batch_clips, decode_processes=self.decode_processes,
+                         decode_timeout_seconds=self.decode_timeout_seconds)
+        require(self.max_frames >= 1 and self.max_frames % 4 == 1,
+                f"tokenize.max_frames is {self.max_frames}, but the tokenizer takes 1 + 4k frames: "
+                f"{self.max_frames - (self.max_frames - 1) % 4} would do")
+        require(0 <= self.max_bad_fraction <= 1,
+                f"tokenize.max_bad_fraction is {self.max_bad_fraction}, but must lie between 0 and 1")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read, and how draws are formed and packed."""
+
+    manifest: str = ""
+    """JSONL manifest, read by tokenize."""
+    dataset: str = ""
+    """Folder of token shards with dataset.json, read by train."""
+    token_budget: int = 4096
+    """Tokens a pack is padded to; a multiple of 128 that belongs to the data, not to the layout."""
+    packs_per_step: int = 1
+    """Global batch, counted in packs."""
+    validation_fraction: float = 0.01
+    """Share of samples held out, chosen by a hash of their key."""
+    validation_packs: int = 4
+    """Packs of held-out samples one evaluation reads."""
+    caption_drop: float = 0.1
+    """Probability that a draw is trained without its caption (guidance needs the empty caption)."""
+    i2v_share: float = 0.0
+    """Probability that a draw of a video is trained as image-to-video."""
+    window_shards: int = 16
+    """Shards that are shuffled and packed together; bounds the memory of planning."""
+    bad_sample_limit: int = 1000
+    """Corrupt or unreadable samples after which the run stops (exit 78)."""
+
+    def __post_init__(self) -> None:
+        require(self.token_budget > 0 and self.token_budget % 128 == 0,
+                f"data.token_budget is {self.token_budget}, but must be a positive multiple of 128: "
+                f"{max(128, round(self.token_budget / 128) * 128)} is the nearest")
+        require_positive("data", packs_per_step=self.packs_per_step, validation_packs=self.validation_packs,
+                         window_shards=self.window_shards)
+        for name in ("validation_fraction", "caption_drop", "i2v_share"):
+            value = getattr(self, name)
+            require(0 <= value < 1 or (name == "i2v_share" and value == 1),
+                    f"data.{name} is {value}, but must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class NoiseConfig:
+    """Distribution of the signal ratio p that training corrupts with (GRN reference, section 5)."""
+
+    mean: float = -1.3
+    """p = sigmoid(z), z ~ N(mean, sigma)."""
+    sigma: float = 1.3
+    """0 draws p uniformly."""
+    shift: float = 1.0
+    """More noise above 1; sqrt(pixels)/256 is suggested for large frames."""
+
+    def __post_init__(self) -> None:
+        require(self.sigma >= 0, f"noise.sigma is {self.sigma}, but must not be negative")
+        require_positive("noise", shift=self.shift)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    gamma: float = 0.5
+    """A sample weighs (predicted tokens)^gamma, normalised over the global batch; 0 is uniform."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    name: str = "adamw"
+    lr: float = 2e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    """Not applied to one-dimensional tensors."""
+    clip_norm: float = 0.1
+    """Global gradient norm is clipped to this."""
+    ema_decay: float = 0.999
+    """0 keeps no moving average of the weights."""
+
+    def __post_init__(self) -> None:
+        require_choice("optimizer.name", self.name, ("adamw", "sgd"))
+        require_positive("optimizer", lr=self.lr, clip_norm=self.clip_norm)
+        require(0 <= self.ema_decay < 1, f"optimizer.ema_decay is {self.ema_decay}, but must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning rate as a function of the step."""
+
+    warmup_steps: int = 50
+    warmup_start: float = 0.005
+    """Fraction of the peak at step 0."""
+    kind: str = "constant"
+    """After the warm-up: constant, cosine or linear, the last two down to end_factor at train.steps."""
+    end_factor: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_choice("schedule.kind", self.kind, ("constant", "cosine", "linear"))
+        require(self.warmup_steps >= 0, f"schedule.warmup_steps is {self.warmup_steps}, but must not be negative")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 1000
+    precision: str = "bf16"
+    """bf16 (fp32 masters, moments and gradient accumulation) or fp32."""
+    validate_every: int = 200
+    """Steps between validations; 0 never validates."""
+    checkpoint_every: int = 200
+    keep_last: int = 2
+    """Checkpoints kept."""
+    log_every: int = 1
+    threads: int = 0
+    """CPU threads a process uses; 0 divides the machine's cores by its processes."""
+
+    def __post_init__(self) -> None:
+        require_choice("train.precision", self.precision, ("bf16", "fp32"))
+        require_positive("train", steps=self.steps, checkpoint_every=self.checkpoint_every, keep_last=self.keep_last,
+                         log_every=self.log_every)
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Degrees of model parallelism; the data-parallel degree is what the world size leaves over."""
+
+    tensor: int = 1
+    sequence: bool = True
+    """Sequence parallelism inside the tensor-parallel group; no effect at tensor=1."""
+    pipeline: int = 1
+    virtual_pipeline: int = 1
+    """Model chunks a pipeline rank holds (interleaved 1F1B above 1)."""
+    recompute: str = "none"
+    """none, or full: every layer's activations are computed again in the backward pass."""
+
+    def __post_init__(self) -> None:
+        require_positive("parallel", tensor=self.tensor, pipeline=self.pipeline, virtual_pipeline=self.virtual_pipeline)
+        require_choice("parallel.recompute", self.recompute, ("none", "full"))
+
+
+@dataclass(frozen=True)
+class ZeroConfig:
+    stage: int = 1
+    """DeepSpeed ZeRO stage: 0 replicates, 1 shards optimizer states."""
+
+    def __post_init__(self) -> None:
+        require(self.stage in (0, 1), f"zero.stage is {self.stage}, but must be 0 or 1")
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    wandb: str = "off"
+    """off, offline or online; fed from metrics.jsonl, which is always written."""
+    project: str = "grn_scale"
+
+    def __post_init__(self) -> None:
+        require_choice("logging.wandb", self.wandb, ("off", "offline", "online"))
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """The refinement sampler (GRN reference, section 6)."""
+
+    steps: int = 50
+    tmax: int = 50
+    """Length of the schedule; the share of predictions saturates at step tmax - 1."""
+    guidance: float = 4.0
+    """1 is no guidance."""
+    guidance_start: float = 0.0
+    """Guidance acts from this signal ratio on."""
+    temperature: float = 1.0
+    shift: float = 1.0
+    """Bends the schedule as noise.shift bends training."""
+
+    def __post_init__(self) -> None:
+        require_positive("sampling", steps=self.steps, temperature=self.temperature, shift=self.shift)
+        require(self.tmax >= 2, f"sampling.tmax is {self.tmax}, but must be at least 2")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run file may hold. Each command reads the sections it needs."""
+
+    output: str = ""
+    """Folder the command writes: token shards, run folder or samples."""
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    tokenize: TokenizeConfig = field(default_factory=TokenizeConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
