@@ -1,0 +1,1 @@
+"""Layout-free checkpoints: chunks of named global tensors, committed atomically."""

@@ -1,0 +1,1 @@
+"""The demonstration job: moving shapes, their detector, and the sequence of commands."""

@@ -1,0 +1,1 @@
+"""The GRN transformer: mathematics only, no rank, path, print or device literal."""

@@ -1,0 +1,1 @@
+"""The refinement sampler and what decides its steps."""

@@ -1,0 +1,1 @@
+"""Video tokenizer (HBQ autoencoder) and text encoder."""
