@@ -1,0 +1,30 @@
+"""Exact attention inside the samples of a packed sequence."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from grn_scale.model.sequence import SequenceLayout
+
+
+def packed_attention(q_SHE: torch.Tensor, k_SHE: torch.Tensor, v_SHE: torch.Tensor,
+                     layout: SequenceLayout) -> torch.Tensor:
+    """Attention outputs [S, heads, head_size]: each row over the keys its segment may see; 0 on padding rows.
+
+    Scale head_size^-0.5, no mask: segments of equal length run as one batched call.
+    """
+    outputs = []
+    for group in layout.groups:
+        q = q_SHE[group.start:group.stop]
+        if group.keys is None:
+            k, v = k_SHE[group.start:group.stop], v_SHE[group.start:group.stop]
+        else:
+            k, v = k_SHE.index_select(0, group.keys), v_SHE.index_select(0, group.keys)
+        # [count, heads, length, head_size]
+        q, k, v = (x.unflatten(0, (group.count, -1)).transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    filled = layout.groups[-1].stop if layout.groups else 0
+    outputs.append(q_SHE.new_zeros(layout.length - filled, *q_SHE.shape[1:]))
+    return torch.cat(outputs)

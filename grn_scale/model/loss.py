@@ -1,0 +1,41 @@
+"""Cross entropy of the true labels and what is reported of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class LabelLoss:
+    """Sums of one packed sequence; all are linear, so slices of D and packs of a step just add up."""
+
+    weighted: torch.Tensor
+    """fp32 scalar with gradient: sum over samples of weight * mean cross entropy."""
+    sample_loss_N: torch.Tensor
+    """fp32 [N]: sum over labels of the cross entropy, detached."""
+    sample_correct_N: torch.Tensor
+    """fp32 [N]: number of labels predicted right."""
+
+
+def label_loss(scores: torch.Tensor, targets_PD: torch.Tensor, sample_P: torch.Tensor,
+               label_weight_N: torch.Tensor) -> LabelLoss:
+    """LabelLoss of scores as `Head` gives them ([P, D] for two classes, else [P, D, K]).
+
+    sample_P: sample of each predicted token; label_weight_N: sample weight / (predicted tokens * D).
+    """
+    if scores.dim() == 2:
+        sign = 1.0 - 2.0 * targets_PD.float()
+        loss = F.softplus(sign * scores)
+        correct = (scores > 0) == (targets_PD > 0)
+    else:
+        loss = F.cross_entropy(scores.flatten(0, 1), targets_PD.flatten().long(), reduction="none").view_as(targets_PD)
+        correct = scores.argmax(dim=-1) == targets_PD
+    per_token = loss.sum(dim=1)
+    zeros = torch.zeros_like(label_weight_N)
+    return LabelLoss(
+        (per_token * label_weight_N[sample_P]).sum(),
+        zeros.index_add(0, sample_P, per_token.detach()),
+        zeros.index_add(0, sample_P, correct.sum(dim=1).float()))
