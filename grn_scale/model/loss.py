@@ -39,3 +39,18 @@ def label_loss(scores: torch.Tensor, targets_PD: torch.Tensor, sample_P: torch.T
         (per_token * label_weight_N[sample_P]).sum(),
         zeros.index_add(0, sample_P, per_token.detach()),
         zeros.index_add(0, sample_P, correct.sum(dim=1).float()))
+
+
+NOISE_BINS = 10
+"""Equal bins of the signal ratio p that loss and accuracy are reported in."""
+
+
+def noise_bin_sums(loss: LabelLoss, ratio_N: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+    """fp64 [NOISE_BINS, 3]: cross entropy, right labels and labels, summed over the samples of each bin.
+
+    ratio_N: signal ratio of each sample; labels_N: its scored labels, 0 for a sample that does not count.
+    """
+    bins = (ratio_N * NOISE_BINS).long().clamp(0, NOISE_BINS - 1)
+    counts = (labels_N > 0).double()
+    columns = torch.stack((loss.sample_loss_N * counts, loss.sample_correct_N * counts, labels_N.double()), dim=1)
+    return torch.zeros(NOISE_BINS, 3, dtype=torch.float64, device=ratio_N.device).index_add(0, bins, columns)

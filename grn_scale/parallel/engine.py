@@ -1,0 +1,221 @@
+"""One optimizer step on any layout: megatron's schedule for forward and backward, DeepSpeed ZeRO for the update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from grn_scale.checkpoint.chunks import Chunk
+from grn_scale.config.schema import Config
+from grn_scale.model.loss import NOISE_BINS, LabelLoss, noise_bin_sums
+from grn_scale.model.pack import PackedBatch
+from grn_scale.parallel.cpu_seam import schedule_device
+from grn_scale.parallel.fragments import (
+    MOMENTS,
+    fragment_chunks,
+    owned_fragments,
+    parameter_chunks,
+    seed_moments,
+    update_average,
+)
+from grn_scale.parallel.groups import DeepSpeedTopology
+from grn_scale.parallel.layers import transformer_config
+from grn_scale.parallel.stage import GRNStage
+
+
+@dataclass(frozen=True)
+class BatchSums:
+    """What a global batch was scored with; equal on every rank."""
+
+    loss: float
+    """Weighted mean cross entropy (nats a label)."""
+    bins: torch.Tensor
+    """fp64 [NOISE_BINS, 3] on the CPU: cross entropy, right labels, labels."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    sums: BatchSums
+    gradient_norm: float
+    """Global norm before clipping."""
+    applied: bool
+    """False where loss or gradient was not finite: the weights did not change, on any rank."""
+
+
+class TrainEngine:
+    """The model of this rank and its optimizer. Weights start from (config.seed, official name)."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        transformer = transformer_config(config.model, config.parallel, self.dtype)
+        virtual = config.parallel.virtual_pipeline
+        self.stages = [GRNStage(config.model, transformer, i if virtual > 1 else None).to(device)
+                       for i in range(virtual)]
+        self.schedule = get_forward_backward_func()
+        self.data_size = parallel_state.get_data_parallel_world_size()
+        self.parameters = {f"{i}.{name}": p for i, s in enumerate(self.stages) for name, p in s.named_parameters()}
+        self.placements = {f"{i}.{name}": p for i, s in enumerate(self.stages) for name, p in s.placements.items()}
+        initial = {f"{i}.{name}": s.initial_value(name, config.seed)
+                   for i, s in enumerate(self.stages) for name, _ in s.named_parameters()}
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(initial[name])
+        self.engine, *_ = deepspeed.initialize(
+            model=torch.nn.ModuleList(self.stages), optimizer=self._optimizer(), config=self._deepspeed_config(),
+            mpu=DeepSpeedTopology(), dist_init_required=False)
+        # reduce_gradients must take what the schedule has accumulated rather than wait for hooks
+        self.engine.pipeline_parallelism = config.parallel.pipeline > 1
+        self.optimizer = getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
+        self.fragments = owned_fragments(self.parameters, self.optimizer)
+        for fragment in self.fragments:
+            # DeepSpeed makes the fp32 masters from the bf16 weights; the drawn values are finer
+            values = initial[fragment.name].reshape(-1).narrow(0, fragment.start, fragment.numel)
+            fragment.of(fragment.flat).copy_(values)
+        self.masters = [f.of(f.flat) for f in self.fragments]
+        self.averages = [m.clone() for m in self.masters] if config.optimizer.ema_decay > 0 else []
+        self.updates = 0
+
+    # -- steps ---------------------------------------------------------------------------------------------
+
+    def train_step(self, batches: Sequence[PackedBatch], learning_rate: float) -> StepResult:
+        """Update the weights with this rank's micro-batches of one global batch (the same number on each rank)."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        sums = self._run(batches, forward_only=False)
+        self.engine.set_gradient_accumulation_boundary(True)
+        self.engine.allreduce_gradients()
+        # Without ZeRO nothing looks at the gradients before the weights change, so it is done here.
+        norm = self._clip_replicated() if self.config.zero.stage == 0 else 0.0
+        if not (math.isfinite(sums.loss) and math.isfinite(norm)):
+            self._drop_gradients()
+            return StepResult(sums, math.nan, applied=False)
+        self.engine.step()
+        if self.config.zero.stage > 0:
+            norm = float(self.engine.get_global_grad_norm())
+        applied = math.isfinite(norm) and not getattr(self.engine.optimizer, "overflow", False)
+        if applied:
+            self.updates += 1
+            if self.averages:
+                update_average(self.averages, self.masters, self.config.optimizer.ema_decay)
+        return StepResult(sums, norm, applied)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[PackedBatch]) -> BatchSums:
+        """Loss of this rank's micro-batches and everyone else's; nothing is updated."""
+        return self._run(batches, forward_only=True)
+
+    def _run(self, batches: Sequence[PackedBatch], forward_only: bool) -> BatchSums:
+        def forward_step(iterator: Iterator[PackedBatch], stage: GRNStage):
+            batch = next(iterator)
+            output = stage(batch)
+            if not isinstance(output, LabelLoss):
+                return output, None
+            return output.weighted, lambda loss: self._fit_to_megatron(loss, output, batch)
+
+        # every virtual chunk walks over the same micro-batches
+        iterators = [iter(batches) for _ in self.stages]
+        with schedule_device():
+            store = self.schedule(
+                forward_step_func=forward_step, data_iterator=iterators if len(iterators) > 1 else iterators[0],
+                model=self.stages if len(self.stages) > 1 else self.stages[0], num_microbatches=len(batches),
+                seq_length=self.config.data.token_budget, micro_batch_size=1, forward_only=forward_only)
+        total = torch.zeros(1 + NOISE_BINS * 3, dtype=torch.float64, device=self.device)
+        if parallel_state.get_tensor_model_parallel_rank() == 0:
+            for sums in store:
+                total += sums
+        dist.all_reduce(total)
+        total = total.cpu()
+        return BatchSums(total[0].item(), total[1:].view(NOISE_BINS, 3))
+
+    def _fit_to_megatron(self, loss: torch.Tensor, output: LabelLoss, batch: PackedBatch):
+        """megatron's three values: the loss to differentiate, a token count (it divides by none), what to report.
+
+        The weights of a global batch add up to 1 over all ranks; DeepSpeed averages gradients over data-parallel
+        ranks, so the factor makes that average the sum. The report is a copy, because the schedule may change
+        the loss in place.
+        """
+        report = torch.cat((loss.detach().double().view(1),
+                            noise_bin_sums(output, batch.ratio_N, batch.labels_N).flatten()))
+        return loss * self.data_size, torch.ones((), dtype=torch.int, device=loss.device), report
+
+    def _clip_replicated(self) -> float:
+        """Clip plain gradients by their global norm, and return it."""
+        from deepspeed.runtime.utils import clip_grad_norm_
+
+        return float(clip_grad_norm_(self.parameters.values(), self.config.optimizer.clip_norm,
+                                     mpu=DeepSpeedTopology()))
+
+    def _drop_gradients(self) -> None:
+        self.engine.optimizer.zero_grad()
+        self.engine.zero_grad()
+        if hasattr(self.engine.optimizer, "clear_hp_grads"):
+            self.engine.optimizer.clear_hp_grads()
+
+    # -- state ---------------------------------------------------------------------------------------------
+
+    def state_chunks(self) -> dict[str, list[Chunk]]:
+        """Sections of a checkpoint as chunks of official parameters: fp32 masters ("model"), moments ("optimizer"),
+        moving average ("ema"). The tensors are views of the live state."""
+        sections = {"model": self._chunks(self.masters), "optimizer": []}
+        if self.config.optimizer.name == "adamw" and self.updates > 0:
+            for key in MOMENTS:
+                moments = [f.of(self.optimizer.state[f.flat][key]) for f in self.fragments]
+                sections["optimizer"] += self._chunks(moments, f"{key}/")
+        if self.averages:
+            sections["ema"] = self._chunks(self.averages)
+        return sections
+
+    def restore_chunks(self, updates: int) -> tuple[dict[str, list[Chunk]], list[Chunk]]:
+        """(sections as in `state_chunks` to be filled in place, weights to be filled from section "model").
+
+        The second list are fp32 copies of this rank's whole parameters; `finish_restore` takes them over.
+        """
+        self.updates = updates
+        if self.config.optimizer.name == "adamw" and updates > 0:
+            seed_moments(self.optimizer, updates)
+        self._restored = {name: torch.empty(p.shape) for name, p in self.parameters.items()}
+        weights = [c for name, local in self._restored.items() for c in parameter_chunks(self.placements[name], local)]
+        return self.state_chunks(), weights
+
+    @torch.no_grad()
+    def finish_restore(self) -> None:
+        """Take the restored weights over into the parameters the network computes with."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self._restored[name])
+        del self._restored
+
+    def _chunks(self, values: Sequence[torch.Tensor], prefix: str = "") -> list[Chunk]:
+        return [c for f, v in zip(self.fragments, values) for c in fragment_chunks(f, self.placements[f.name], v, prefix)]
+
+    # -- construction --------------------------------------------------------------------------------------
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        settings = self.config.optimizer
+        matrices = [p for p in self.parameters.values() if p.dim() > 1]
+        vectors = [p for p in self.parameters.values() if p.dim() <= 1]
+        groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        if settings.name == "sgd":
+            return torch.optim.SGD(groups, lr=settings.lr)
+        return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
+
+    def _deepspeed_config(self) -> dict:
+        config = {
+            "train_batch_size": self.data_size, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,
+            "gradient_clipping": self.config.optimizer.clip_norm if self.config.zero.stage > 0 else 0.0,
+            "steps_per_print": None,
+            "zero_optimization": {"stage": self.config.zero.stage, "overlap_comm": False},
+            "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
+        }
+        if self.dtype == torch.bfloat16:
+            # masters, moments and accumulated gradients in fp32; each gradient is taken over as soon as it is there
+            config |= {"bf16": {"enabled": True, "immediate_grad_update": True},
+                       "data_types": {"grad_accum_dtype": "fp32"}}
+        return config

@@ -1,0 +1,102 @@
+"""Process groups: torch.distributed and megatron's parallel state, and the view of it that DeepSpeed wants."""
+
+from __future__ import annotations
+
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+
+from grn_scale.config.schema import ParallelConfig
+from grn_scale.parallel import cpu_seam
+
+
+def world_size_from_environment() -> int:
+    """World size that the launcher (torchrun, srun) announces; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start(parallel: ParallelConfig, timeout_seconds: float = 600.0) -> torch.device:
+    """Join the job: process groups and megatron's parallel state. Returns this process's device."""
+    cpu_seam.install()
+    cpu_seam.quiet_deepspeed()
+    from megatron.core import parallel_state
+
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, value)
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        timeout = datetime.timedelta(seconds=timeout_seconds)
+        if "MASTER_PORT" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            # one process without a launcher: no port has to be agreed on
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+            os.environ["MASTER_PORT"] = "0"
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo",
+                               dist_init_required=False, verbose=False)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        create_gloo_process_groups=False)
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    # Nothing of ours draws from these generators, but sequence parallelism forks them.
+    model_parallel_cuda_manual_seed(0, force_reset_rng=True)
+    return device
+
+
+def stop() -> None:
+    """Leave the job; the process may start another one."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class DeepSpeedTopology:
+    """The `mpu` object of DeepSpeed.
+
+    "Model parallel" means two things to it: the rank says which copy of a replicated parameter counts in the
+    gradient norm (tensor-parallel rank 0), the group is what the norm is summed over (tensor x pipeline).
+    """
+
+    def get_model_parallel_rank(self) -> int:
+        from megatron.core import parallel_state
+
+        return parallel_state.get_tensor_model_parallel_rank()
+
+    def get_model_parallel_world_size(self) -> int:
+        from megatron.core import parallel_state
+
+        return dist.get_world_size(parallel_state.get_model_parallel_group())
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        from megatron.core import parallel_state
+
+        return parallel_state.get_model_parallel_group()
+
+    def get_data_parallel_rank(self) -> int:
+        from megatron.core import parallel_state
+
+        return parallel_state.get_data_parallel_rank()
+
+    def get_data_parallel_world_size(self) -> int:
+        from megatron.core import parallel_state
+
+        return parallel_state.get_data_parallel_world_size()
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        from megatron.core import parallel_state
+
+        return parallel_state.get_data_parallel_group()

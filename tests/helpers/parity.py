@@ -1,0 +1,157 @@
+"""The same training run twice: in plain torch on one process, and by the engine on any layout."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from grn_scale.batch import Draw, Sample
+from grn_scale.config.schema import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    NoiseConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainConfig,
+    ZeroConfig,
+)
+from grn_scale.model import GRN, build_model
+from grn_scale.model.loss import label_loss
+from grn_scale.model.pack import PackedBatch, assemble
+
+PACKS, BUDGET = 4, 128
+MODEL = ModelConfig(hidden_size=32, num_layers=4, num_heads=4, ffn_hidden_size=64, num_chunks=2, text_hidden_size=16,
+                    latent_channels=4, rounds=4)
+
+
+def parity_config(*, optimizer: str = "adamw", precision: str = "fp32", tensor: int = 1, sequence: bool = True,
+                  pipeline: int = 1, virtual_pipeline: int = 1, recompute: str = "none", stage: int = 1,
+                  model: ModelConfig = MODEL, seed: int = 3, lr: float | None = None,
+                  clip_norm: float | None = None) -> Config:
+    """Clipping is active: gradient norms of this model lie well above 0.05."""
+    settings = OptimizerConfig(name=optimizer, lr=lr or (1e-3 if optimizer == "adamw" else 0.1),
+                               clip_norm=clip_norm or 0.05, ema_decay=0.9, weight_decay=0.1)
+    return Config(
+        seed=seed, model=model, data=DataConfig(token_budget=BUDGET, packs_per_step=PACKS), optimizer=settings,
+        noise=NoiseConfig(mean=-0.3), train=TrainConfig(precision=precision), zero=ZeroConfig(stage=stage),
+        parallel=ParallelConfig(tensor=tensor, sequence=sequence, pipeline=pipeline,
+                                virtual_pipeline=virtual_pipeline, recompute=recompute))
+
+
+def packs_of_step(step: int, config: Config) -> tuple[list[list[Sample]], dict[int, float]]:
+    """PACKS packs of T2I, T2V and I2V samples of different length, and the loss weight of each draw."""
+    rng = np.random.default_rng([config.seed, step])
+    packs, draws, index = [], [], step * 1000
+    for _ in range(PACKS):
+        samples, tokens = [], 0
+        while True:
+            t = int(rng.integers(1, 4))
+            task = "T2I" if t == 1 else str(rng.choice(["T2V", "I2V"]))
+            draw = Draw(index, f"k{index}", index, (t, int(rng.integers(2, 4)), int(rng.integers(2, 4))), 1.0, task,
+                        "", int(rng.integers(1, 8)))
+            if tokens + draw.tokens > BUDGET:
+                break
+            bits = rng.integers(0, 256, draw.visual_tokens * config.model.bits_per_token // 8, dtype=np.uint8)
+            states = rng.standard_normal((draw.text_tokens, config.model.text_hidden_size), dtype=np.float32)
+            samples.append(Sample(draw, bits, torch.from_numpy(states)))
+            draws.append(draw)
+            tokens, index = tokens + draw.tokens, index + 1
+        packs.append(samples)
+    powers = {d.index: d.predicted_tokens**config.loss.gamma for d in draws}
+    total = sum(powers.values())
+    return packs, {i: power / total for i, power in powers.items()}
+
+
+def batches_of_step(step: int, config: Config, packs: Sequence[int] | None = None) -> list[PackedBatch]:
+    samples, weights = packs_of_step(step, config)
+    chosen = range(PACKS) if packs is None else packs
+    return [assemble(samples[i], weights, config=config.model, noise=config.noise, seed=config.seed,
+                     length=BUDGET, device=torch.device("cpu")) for i in chosen]
+
+
+@dataclasses.dataclass
+class Trace:
+    losses: list[float]
+    norms: list[float]
+    weights: dict[str, torch.Tensor]
+    average: dict[str, torch.Tensor]
+
+
+def plain_run(config: Config, steps: int) -> Trace:
+    """Plain torch: fp32 masters, and in bf16 a bf16 copy of the model whose gradients are added up in fp32."""
+    model = build_model(config.model, config.seed)
+    masters = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    if config.train.precision == "bf16":
+        model = model.to(torch.bfloat16)
+    settings = config.optimizer
+    groups = [{"params": [p for p in masters.values() if p.dim() > 1], "weight_decay": settings.weight_decay},
+              {"params": [p for p in masters.values() if p.dim() <= 1], "weight_decay": 0.0}]
+    optimizer = torch.optim.SGD(groups, lr=settings.lr) if settings.name == "sgd" else torch.optim.AdamW(
+        groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
+    average = {name: p.detach().clone() for name, p in masters.items()}
+    trace = Trace([], [], {}, average)
+    for step in range(steps):
+        loss_sum = 0.0
+        for master in masters.values():
+            master.grad = torch.zeros_like(master)
+        for batch in batches_of_step(step, config):
+            loss = _loss(model, batch)
+            model.zero_grad()
+            loss.backward()
+            loss_sum += loss.item()
+            for name, p in model.named_parameters():
+                masters[name].grad += p.grad.float()
+        trace.losses.append(loss_sum)
+        trace.norms.append(torch.nn.utils.clip_grad_norm_(masters.values(), settings.clip_norm).item())
+        optimizer.step()
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(masters[name])
+                average[name].lerp_(masters[name], 1 - settings.ema_decay)
+    trace.weights = {name: p.detach() for name, p in masters.items()}
+    return trace
+
+
+def _loss(model: GRN, batch: PackedBatch) -> torch.Tensor:
+    return label_loss(model(batch.input), batch.targets_PD, batch.sample_P, batch.label_weight_N).weighted
+
+
+def engine_run(config: Config, steps: int) -> dict:
+    """One rank of the engine's run; every rank returns the chunks it owns."""
+    from megatron.core import parallel_state
+
+    from grn_scale.parallel import groups
+
+    device = groups.start(config.parallel)
+    from grn_scale.parallel.engine import TrainEngine
+
+    try:
+        engine = TrainEngine(config, device)
+        rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        losses, norms = [], []
+        for step in range(steps):
+            result = engine.train_step(batches_of_step(step, config, range(rank, PACKS, size)), config.optimizer.lr)
+            assert result.applied
+            losses.append(result.sums.loss)
+            norms.append(result.gradient_norm)
+        sections = engine.state_chunks()
+        return {"losses": losses, "norms": norms, **{
+            name: [(c.name, c.global_shape, c.offset, c.tensor.detach().float().clone().numpy()) for c in chunks]
+            for name, chunks in sections.items()}}
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def gather(results: list[dict], section: str) -> dict[str, torch.Tensor]:
+    """Global tensors from the chunks of all ranks; every element must be covered."""
+    tensors: dict[str, torch.Tensor] = {}
+    for result in results:
+        for name, shape, offset, values in result[section]:
+            tensor = tensors.setdefault(name, torch.full(shape, torch.nan))
+            tensor[tuple(slice(o, o + s) for o, s in zip(offset, values.shape))] = torch.from_numpy(values)
+    assert not any(t.isnan().any() for t in tensors.values())
+    return tensors
