@@ -1,1 +1,9 @@
-"""Layout-free checkpoints: chunks of named global tensors, committed atomically."""
+"""Layout-free checkpoints: chunks of named global tensors, committed atomically.
+
+chunks.py boxes | store.py chunk folders through torch.distributed.checkpoint | layout.py step folders |
+checkpoint.py save, load, resume | weights.py weights by official name
+"""
+
+from grn_scale.checkpoint.weights import load_model_config, load_weights
+
+__all__ = ["load_model_config", "load_weights"]

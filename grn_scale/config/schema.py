@@ -246,14 +246,16 @@ class TrainConfig:
     checkpoint_every: int = 200
     keep_last: int = 2
     """Checkpoints kept."""
-    log_every: int = 1
+    nonfinite_limit: int = 20
+    """Steps in a row whose loss or gradient is not finite, and which are skipped, after which the run stops (exit 78)."""
     threads: int = 0
     """CPU threads a process uses; 0 divides the machine's cores by its processes."""
 
     def __post_init__(self) -> None:
         require_choice("train.precision", self.precision, ("bf16", "fp32"))
         require_positive("train", steps=self.steps, checkpoint_every=self.checkpoint_every, keep_last=self.keep_last,
-                         log_every=self.log_every)
+                         nonfinite_limit=self.nonfinite_limit)
+        require(self.validate_every >= 0, f"train.validate_every is {self.validate_every}, but must not be negative")
 
 
 @dataclass(frozen=True)

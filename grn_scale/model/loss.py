@@ -54,3 +54,11 @@ def noise_bin_sums(loss: LabelLoss, ratio_N: torch.Tensor, labels_N: torch.Tenso
     counts = (labels_N > 0).double()
     columns = torch.stack((loss.sample_loss_N * counts, loss.sample_correct_N * counts, labels_N.double()), dim=1)
     return torch.zeros(NOISE_BINS, 3, dtype=torch.float64, device=ratio_N.device).index_add(0, bins, columns)
+
+
+def noise_bin_means(sums: torch.Tensor) -> dict[str, list[float | None]]:
+    """What `noise_bin_sums` adds up, as means of each bin: cross entropy and share of right labels, None where the
+    bin saw no label."""
+    rows = sums.tolist()
+    return {"loss_by_noise": [loss / labels if labels else None for loss, _, labels in rows],
+            "bit_accuracy_by_noise": [correct / labels if labels else None for _, correct, labels in rows]}

@@ -6,6 +6,8 @@ replicas, and pipeline stages lie furthest apart.
 
 from __future__ import annotations
 
+import os
+
 from dataclasses import dataclass
 
 
@@ -30,7 +32,8 @@ class Dims:
     def __post_init__(self) -> None:
         degrees = (self.tensor, self.data, self.pipeline)
         if min(degrees) < 1 or self.tensor * self.data * self.pipeline != self.world:
-            raise ValueError(f"tensor x data x pipeline is {' x '.join(map(str, degrees))}, but the world is {self.world}")
+            raise ValueError(f"tensor x data x pipeline is {' x '.join(map(str, degrees))}, "
+                             f"but the world is {self.world}")
 
     @classmethod
     def of_world(cls, world: int, tensor: int, pipeline: int) -> Dims:
@@ -76,3 +79,8 @@ class Dims:
     def _check(self, rank: int) -> None:
         if not 0 <= rank < self.world:
             raise ValueError(f"rank {rank} does not exist in a world of {self.world}")
+
+
+def world_size_from_environment() -> int:
+    """Number of processes that the launcher announces; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -36,6 +37,8 @@ class BatchSums:
 
     loss: float
     """Weighted mean cross entropy (nats a label)."""
+    bad_samples: int
+    """Samples that counted nothing because their bytes could not be used."""
     bins: torch.Tensor
     """fp64 [NOISE_BINS, 3] on the CPU: cross entropy, right labels, labels."""
 
@@ -47,6 +50,9 @@ class StepResult:
     """Global norm before clipping."""
     applied: bool
     """False where loss or gradient was not finite: the weights did not change, on any rank."""
+    forward_backward_seconds: float
+    optimizer_seconds: float
+    """Gradient reduction, clipping and update."""
 
 
 class TrainEngine:
@@ -89,14 +95,21 @@ class TrainEngine:
         """Update the weights with this rank's micro-batches of one global batch (the same number on each rank)."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        begin = time.perf_counter()
         sums = self._run(batches, forward_only=False)
+        scored = time.perf_counter()
+        norm, applied = self._update(sums)
+        return StepResult(sums, norm, applied, scored - begin, time.perf_counter() - scored)
+
+    def _update(self, sums: BatchSums) -> tuple[float, bool]:
+        """(global gradient norm, whether the weights changed)."""
         self.engine.set_gradient_accumulation_boundary(True)
         self.engine.allreduce_gradients()
         # Without ZeRO nothing looks at the gradients before the weights change, so it is done here.
         norm = self._clip_replicated() if self.config.zero.stage == 0 else 0.0
         if not (math.isfinite(sums.loss) and math.isfinite(norm)):
             self._drop_gradients()
-            return StepResult(sums, math.nan, applied=False)
+            return math.nan, False
         self.engine.step()
         if self.config.zero.stage > 0:
             norm = float(self.engine.get_global_grad_norm())
@@ -105,7 +118,7 @@ class TrainEngine:
             self.updates += 1
             if self.averages:
                 update_average(self.averages, self.masters, self.config.optimizer.ema_decay)
-        return StepResult(sums, norm, applied)
+        return norm, applied
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[PackedBatch]) -> BatchSums:
@@ -127,13 +140,13 @@ class TrainEngine:
                 forward_step_func=forward_step, data_iterator=iterators if len(iterators) > 1 else iterators[0],
                 model=self.stages if len(self.stages) > 1 else self.stages[0], num_microbatches=len(batches),
                 seq_length=self.config.data.token_budget, micro_batch_size=1, forward_only=forward_only)
-        total = torch.zeros(1 + NOISE_BINS * 3, dtype=torch.float64, device=self.device)
+        total = torch.zeros(2 + NOISE_BINS * 3, dtype=torch.float64, device=self.device)
         if parallel_state.get_tensor_model_parallel_rank() == 0:
             for sums in store:
                 total += sums
         dist.all_reduce(total)
         total = total.cpu()
-        return BatchSums(total[0].item(), total[1:].view(NOISE_BINS, 3))
+        return BatchSums(total[0].item(), int(total[1]), total[2:].view(NOISE_BINS, 3))
 
     def _fit_to_megatron(self, loss: torch.Tensor, output: LabelLoss, batch: PackedBatch):
         """megatron's three values: the loss to differentiate, a token count (it divides by none), what to report.
@@ -142,7 +155,7 @@ class TrainEngine:
         ranks, so the factor makes that average the sum. The report is a copy, because the schedule may change
         the loss in place.
         """
-        report = torch.cat((loss.detach().double().view(1),
+        report = torch.cat((loss.detach().double().view(1), (batch.labels_N == 0).sum().double().view(1),
                             noise_bin_sums(output, batch.ratio_N, batch.labels_N).flatten()))
         return loss * self.data_size, torch.ones((), dtype=torch.int, device=loss.device), report
 

@@ -12,11 +12,6 @@ from grn_scale.config.schema import ParallelConfig
 from grn_scale.parallel import cpu_seam
 
 
-def world_size_from_environment() -> int:
-    """World size that the launcher (torchrun, srun) announces; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def start(parallel: ParallelConfig, timeout_seconds: float = 600.0) -> torch.device:
     """Join the job: process groups and megatron's parallel state. Returns this process's device."""
     cpu_seam.install()
@@ -53,6 +48,33 @@ def start(parallel: ParallelConfig, timeout_seconds: float = 600.0) -> torch.dev
     # Nothing of ours draws from these generators, but sequence parallelism forks them.
     model_parallel_cuda_manual_seed(0, force_reset_rng=True)
     return device
+
+
+def data_parallel() -> tuple[int, int]:
+    """(rank, size) of this process among the copies of the model."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+
+
+def agree(flags: list[bool]) -> list[bool]:
+    """Each flag as far as all processes that hold parts of this copy of the model raise it."""
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_model_parallel_group()
+    if dist.get_world_size(group) == 1 or not flags:
+        return flags
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    shared = torch.tensor(flags, dtype=torch.int32, device=device)
+    dist.all_reduce(shared, op=dist.ReduceOp.MIN, group=group)
+    return [bool(flag) for flag in shared.tolist()]
+
+
+def gather_objects(value: object) -> list:
+    """`value` of every process, in rank order, on every process."""
+    values: list = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def stop() -> None:

@@ -1,1 +1,6 @@
 """The refinement sampler and what decides its steps."""
+
+from grn_scale.sampling.condition import Condition, SamplingSettings
+from grn_scale.sampling.sampler import Generated, StepMaps, generate
+
+__all__ = ["Condition", "Generated", "SamplingSettings", "StepMaps", "generate"]

@@ -1,0 +1,93 @@
+"""Weights by official name out of whatever holds them, and a summary of a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from grn_scale.checkpoint import layout
+from grn_scale.checkpoint.chunks import whole
+from grn_scale.checkpoint.index import DTYPE_NAMES, INDEX_NAME, ChunkIndex, read_json
+from grn_scale.config.schema import ModelConfig
+from grn_scale.errors import UserError
+
+
+def load_weights(path: str | Path, *, ema: bool = False) -> dict[str, torch.Tensor]:
+    """Official names -> full tensors on the CPU, in the dtype they were saved in.
+
+    path: a step folder, a run folder (its newest complete checkpoint) or a .safetensors file. `ema` takes the
+    moving average of the weights. The files read are checked against their checksums. UserError where there are
+    none, or they are damaged. In a distributed job each rank that calls reads for itself.
+    """
+    from grn_scale.checkpoint.store import load_chunks_alone  # takes a second to import: not for every command
+
+    path = Path(path)
+    if path.is_file():
+        if ema:
+            raise UserError(f"{path} is a single file and holds one set of weights; take the moving average from "
+                            "a checkpoint folder, or read the file without asking for it")
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot read {path} as safetensors: {error}") from error
+    section = "ema" if ema else "model"
+    path = find_checkpoint(path)
+    if not (path / section).is_dir():
+        reason = "the run kept no moving average (optimizer.ema_decay)" if ema else "it is no checkpoint of a model"
+        raise UserError(f"{path} holds no {section} weights; {reason}")
+    layout.verify(path, sections=(section,))
+    index = ChunkIndex.read(path / section)
+    tensors = {name: torch.empty(stored.shape, dtype=stored.dtype) for name, stored in index.tensors.items()}
+    load_chunks_alone(path / section, [whole(name, tensor) for name, tensor in tensors.items()])
+    return tensors
+
+
+def load_model_config(path: str | Path) -> ModelConfig:
+    """The model configuration that a checkpoint's run was trained with; path as in `load_weights`, but a folder.
+
+    UserError where the checkpoint does not carry one, ConfigError where this version does not know a key of it.
+    """
+    from grn_scale.config.load import build
+
+    if Path(path).is_file():
+        raise UserError(f"{path} holds weights, but not the model's configuration; give a checkpoint folder")
+    path = find_checkpoint(Path(path)) / layout.STATE_NAME
+    try:
+        values = read_json(path)["config"]["model"]
+    except KeyError as error:
+        raise UserError(f"{path} carries no model configuration (config.model)") from error
+    return build(ModelConfig, values, "model.")
+
+
+def find_checkpoint(path: Path) -> Path:
+    """`path` if it is a complete step folder, else the newest complete checkpoint inside it; UserError for neither."""
+    if layout.is_step_folder(path):
+        layout.verify(path, sections=())
+        return path
+    newest = layout.newest_complete(path, sections=())
+    if newest is None:
+        raise UserError(f"no weights at {path}: give a step folder, a run folder with a complete checkpoint, "
+                        "or a .safetensors file")
+    return newest
+
+
+def describe(path: str | Path) -> dict[str, Any]:
+    """Plain values for a reader: path, step, versions, and of each section parameters, bytes and its tensors.
+
+    path: a step folder or a run folder. Reads the JSON files only.
+    """
+    path = find_checkpoint(Path(path))
+    content = read_json(path / INDEX_NAME)
+    return {
+        "path": str(path), "step": content["step"], "world_size": content["world_size"],
+        "versions": content["versions"],
+        "sections": {name: summary | {"tensors": {
+            tensor: {"dtype": DTYPE_NAMES[stored.dtype], "shape": list(stored.shape)}
+            for tensor, stored in ChunkIndex.read(path / name).tensors.items()}}
+            for name, summary in content["sections"].items()},
+        "state": sorted(read_json(path / layout.STATE_NAME)),
+    }

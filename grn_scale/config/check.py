@@ -1,0 +1,126 @@
+"""Rules between sections, checked before anything starts.
+
+Each broken rule is one sentence: dotted field, value, rule, nearest value that would do. All that is broken is
+reported at once. Rules inside one section stand in schema.py; whether the longest sample fits the token budget
+is known only to the plan.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from grn_scale.config.schema import Config
+from grn_scale.errors import ConfigError
+
+if TYPE_CHECKING:
+    from grn_scale.data.schema import DatasetInfo
+
+
+def check_set(config: Config, *fields: str) -> None:
+    """ConfigError unless each dotted field (text) holds something."""
+    problems = []
+    for name in fields:
+        value = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        if not value:
+            problems.append(f"{name} is not set: give {name}=VALUE, or write it in the run file")
+    _refuse(problems)
+
+
+def check_layout(config: Config, world_size: int) -> None:
+    """ConfigError unless the model, the global batch and the degrees of parallelism fit `world_size` processes."""
+    _refuse([*_tensor_rules(config), *_pipeline_rules(config), *_world_rules(config, world_size),
+             *_precision_rules(config)])
+
+
+def check_training(config: Config, dataset: DatasetInfo) -> None:
+    """ConfigError unless the model fits the labels and text features of the dataset."""
+    pairs = (("latent_channels", dataset.latent_channels), ("rounds", dataset.rounds),
+             ("text_hidden_size", dataset.text_hidden_size), ("task_tags", dataset.task_tags))
+    where = config.data.dataset or "the dataset"
+    _refuse(
+        f"model.{name} is {_plain(getattr(config.model, name))}, but {where} was tokenized with {_plain(value)}: "
+        f"set model.{name}={_plain(value)}, or tokenize anew"
+        for name, value in pairs if getattr(config.model, name) != value)
+
+
+def _refuse(problems: Iterable[str]) -> None:
+    problems = list(problems)
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _plain(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _nearest(value: int, legal: Iterable[int]) -> int:
+    """The legal value closest to `value`, the smaller of two that are equally close."""
+    return min(legal, key=lambda candidate: (abs(candidate - value), candidate))
+
+
+def _nearest_multiple(value: int, of: int) -> int:
+    return max(of, _nearest(value, (value // of * of, (value // of + 1) * of)))
+
+
+def _tensor_rules(config: Config) -> Iterator[str]:
+    """What tensor parallelism cuts must come out even: heads, label channels, MLP width, and the sequence."""
+    degree, model = config.parallel.tensor, config.model
+    cut = {"model.num_heads": model.num_heads, "model.ffn_hidden_size": model.ffn_hidden_size,
+           "the labels of a token (model.latent_channels x rounds)" if model.label_form == "bit"
+           else "the labels of a token (model.latent_channels)": model.label_channels}
+    legal = _nearest(degree, _divisors(math.gcd(*cut.values())))
+    for name, value in cut.items():
+        if value % degree:
+            yield (f"parallel.tensor is {degree}, but must divide {name} ({value}): "
+                   f"parallel.tensor={legal} is the nearest that fits this model")
+    budget = config.data.token_budget
+    if config.parallel.sequence and budget % degree:
+        yield (f"data.token_budget is {budget}, but parallel.sequence cuts it into parallel.tensor ({degree}) parts: "
+               f"data.token_budget={_nearest_multiple(budget, math.lcm(128, degree))} is the nearest that fits")
+
+
+def _pipeline_rules(config: Config) -> Iterator[str]:
+    pipeline, virtual, layers = config.parallel.pipeline, config.parallel.virtual_pipeline, config.model.num_layers
+    if virtual > 1 and pipeline == 1:
+        yield (f"parallel.virtual_pipeline is {virtual}, but parallel.pipeline is 1 and there is nothing to "
+               f"interleave: set parallel.virtual_pipeline=1, or parallel.pipeline=2 or more")
+    if layers % (pipeline * virtual):
+        if pipeline <= layers and layers % pipeline == 0:
+            remedy = f"parallel.virtual_pipeline={_nearest(virtual, _divisors(layers // pipeline))}"
+        else:
+            remedy = f"parallel.pipeline={_nearest(pipeline, _divisors(layers))} parallel.virtual_pipeline=1"
+        yield (f"parallel.pipeline x parallel.virtual_pipeline is {pipeline} x {virtual}, but must divide "
+               f"model.num_layers ({layers}): {remedy} is the nearest that fits")
+
+
+def _world_rules(config: Config, world_size: int) -> Iterator[str]:
+    parallel, packs = config.parallel, config.data.packs_per_step
+    one_model = parallel.tensor * parallel.pipeline
+    if world_size % one_model:
+        yield (f"the job has {world_size} processes, but one copy of the model takes parallel.tensor x "
+               f"parallel.pipeline = {parallel.tensor} x {parallel.pipeline} = {one_model}: start "
+               f"{_nearest_multiple(world_size, one_model)} processes, or lower the degrees")
+        return
+    data = world_size // one_model
+    if packs % data:
+        yield (f"data.packs_per_step is {packs}, but must be a multiple of the {data} data-parallel ranks "
+               f"({world_size} processes / {one_model}): "
+               f"data.packs_per_step={_nearest_multiple(packs, data)} is the nearest that fits")
+    elif parallel.virtual_pipeline > 1 and (packs // data) % parallel.pipeline:
+        yield (f"data.packs_per_step is {packs}, {packs // data} for each of {data} data-parallel ranks, but "
+               f"parallel.virtual_pipeline > 1 needs a multiple of parallel.pipeline ({parallel.pipeline}) for each: "
+               f"data.packs_per_step={_nearest_multiple(packs, data * parallel.pipeline)} is the nearest that fits")
+
+
+def _precision_rules(config: Config) -> Iterator[str]:
+    if config.zero.stage == 0 and config.train.precision == "bf16":
+        yield ("zero.stage is 0 with train.precision bf16, but DeepSpeed keeps fp32 masters and accumulates in fp32 "
+               "only where it shards the optimizer: set zero.stage=1, or train.precision=fp32")

@@ -1,0 +1,50 @@
+"""Files that appear complete or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from grn_scale.errors import UserError
+
+DISK_FULL = {errno.ENOSPC: "no space left on the device", errno.EDQUOT: "the disk quota is spent",
+             errno.EFBIG: "the file size limit is reached"}
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+    """Binary stream that becomes `path` when the block ends; after an error nothing of it is left.
+
+    Written under a temporary name in the same folder, flushed to the disk, then renamed: a reader, or a run
+    after a kill, sees the old file or the whole new one. Raises UserError where the disk is full.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise UserError(f"cannot write {path}: {DISK_FULL[error.errno]}; the unfinished file is removed and "
+                            "finished ones are kept: make room, then run the same command again") from error
+        raise
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """`data` as the whole file `path`, atomically."""
+    with atomic_file(path) as stream:
+        stream.write(data)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """`value` as indented JSON in the file `path`, atomically."""
+    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())

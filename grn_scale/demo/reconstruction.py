@@ -1,0 +1,103 @@
+"""How much of a clip survives the tokenizer: PSNR of encode -> quantise -> decode over the clips of manifests.
+
+    python -m grn_scale.demo.reconstruction --config configs/runs/demo.yaml \\
+        --manifest held_out=clips/held_out.jsonl --manifest real=clips/real.jsonl output=reconstruction/
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from grn_scale.command_line import CommandParser, run, start_logging
+from grn_scale.config.check import check_set
+from grn_scale.config.schema import Config
+from grn_scale.data.atomic import write_json
+from grn_scale.data.decode import DecodeError, DecodeRequest, decode_clip
+from grn_scale.data.manifest import Clip, load_manifest
+from grn_scale.errors import ConfigError, UserError
+from grn_scale.hbq import dequantize_bits, quantize_bits
+from grn_scale.tokenizer import load_tokenizer
+from grn_scale.tokenizer.video import VideoTokenizer
+
+RESULT = "reconstruction.json"
+
+
+@torch.inference_mode()
+def reconstruct(tokenizer: VideoTokenizer, frames: np.ndarray, rounds: int) -> np.ndarray:
+    """uint8 frames [T, height, width, 3] as they come back from `rounds` rounds of HBQ."""
+    device = next(tokenizer.parameters()).device
+    video = torch.from_numpy(frames).to(device).movedim(-1, 0)[None].float() / 127.5 - 1
+    decoded = tokenizer.decode(dequantize_bits(quantize_bits(tokenizer.encode(video).float(), rounds), rounds))
+    return to_frames(decoded)[0]
+
+
+def to_frames(video: torch.Tensor) -> np.ndarray:
+    """uint8 frames [B, T, height, width, 3] of decoded video [B, 3, T, height, width]."""
+    return ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
+
+
+def psnr(frames: np.ndarray, truth: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB of uint8 frames; infinite where they are equal."""
+    error = np.mean((frames.astype(np.float64) - truth.astype(np.float64)) ** 2)
+    return 10 * math.log10(255**2 / error) if error else math.inf
+
+
+def measure(clips: Sequence[Clip], config: Config, tokenizer: VideoTokenizer, name: str) -> dict[str, Any]:
+    """Mean, median, smallest and largest PSNR (dB) of the clips, and how many could not be decoded.
+
+    Raises UserError where none could.
+    """
+    from rich.console import Console
+    from rich.progress import track
+
+    settings, values, shapes, last = config.tokenize, [], set(), None
+    for clip in track(clips, f"reconstructing {name}", console=Console(stderr=True)):
+        try:
+            truth = decode_clip(DecodeRequest(str(clip.path), settings.fps, settings.max_frames, clip.begin_frame,
+                                              clip.end_frame, latent_side=settings.latent_side)).frames
+        except DecodeError as error:
+            last = error
+            continue
+        values.append(psnr(reconstruct(tokenizer, truth, config.model.rounds), truth))
+        shapes.add(truth.shape[:3])
+    if not values:
+        raise UserError(f"none of the {len(clips)} clips of {name} can be decoded; the last said: {last}")
+    return {"clips": len(values), "undecodable_clips": len(clips) - len(values),
+            "frame_shapes": sorted(list(shape) for shape in shapes),
+            **{f"psnr_db_{word}": round(function(values), 3) for word, function in (
+                ("mean", statistics.fmean), ("median", statistics.median), ("min", min), ("max", max))}}
+
+
+def main(argv: list[str]) -> int:
+    """Write reconstruction.json into the output folder and print it; the exit code."""
+    parser = CommandParser("demo.reconstruction", "PSNR of clips that went through the video tokenizer.",
+                           "python -m grn_scale.demo.reconstruction --config configs/runs/demo.yaml "
+                           "--manifest real=clips/real.jsonl output=reconstruction/")
+    parser.add_argument("--manifest", action="append", default=[], metavar="NAME=FILE", help="may be given several times")
+    config, options = parser.parse_command(argv)
+    check_set(config, "output")
+    named = [manifest.partition("=") for manifest in options.manifest]
+    if not named or not all(name and file for name, _, file in named):
+        raise ConfigError("say which clips to reconstruct: --manifest NAME=FILE")
+    start_logging()
+    tokenizer = load_tokenizer(config.tokenizer.path).to("cuda" if torch.cuda.is_available() else "cpu")
+    result = {"tokenizer": tokenizer.fingerprint, "rounds": config.model.rounds,
+              **{name: measure(load_manifest(file), config, tokenizer, name) for name, _, file in named}}
+    folder = Path(config.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / RESULT, result)
+    print(json.dumps(result, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,95 @@
+"""grn-scale bench: how fast this machine tokenizes, reads shards and trains, as JSON.
+
+    grn-scale bench                                                   all three, each in a process of its own
+    grn-scale bench tokenize --config configs/runs/demo.yaml data.manifest=clips.jsonl
+    grn-scale bench data --config configs/runs/demo.yaml data.dataset=tokens/
+    grn-scale bench train --config configs/runs/demo.yaml             also under torchrun or srun
+
+Where the configuration names no manifest or dataset, inputs of the configured size are made in a temporary folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from grn_scale.command_line import CommandParser, nearest, run, start_logging
+from grn_scale.config.schema import Config
+from grn_scale.errors import EXIT_FAILED, ConfigError
+from grn_scale.perf.bench_data import bench_data
+from grn_scale.perf.bench_tokenize import bench_tokenize
+from grn_scale.perf.bench_train import bench_train
+from grn_scale.perf.measure import peak_memory, surroundings
+
+log = logging.getLogger("grn_scale.bench")
+BENCHMARKS = ("tokenize", "data", "train")
+DEFAULT_CONFIG = "configs/runs/demo.yaml"
+
+
+def measure(name: str, config: Config, *, clips: int, samples: int, repeats: int) -> dict[str, Any]:
+    """One benchmark with all it depends on: results, peak memory, configuration, hardware, versions, date.
+
+    clips: decoded in each repeat of "tokenize"; samples: read in each repeat of "data".
+    """
+    from grn_scale.config.load import to_dict
+
+    if name == "tokenize":
+        results = bench_tokenize(config, clips, repeats)
+    elif name == "data":
+        results = bench_data(config, samples, repeats)
+    else:
+        results = bench_train(config, repeats)
+    return {"benchmark": name, "results": results, "peak_memory": peak_memory(), **surroundings(),
+            "config": to_dict(config)}
+
+
+def main(argv: list[str]) -> int:
+    """Exit code of `grn-scale bench argv...`; the JSON goes to stdout."""
+    named = bool(argv) and not argv[0].startswith("-") and "=" not in argv[0]
+    if named and argv[0] not in BENCHMARKS:
+        raise ConfigError(f"grn-scale bench {argv[0]}: {nearest(argv[0], BENCHMARKS)}; without a name all of them run")
+    parser = CommandParser("bench", f"Measure {', '.join(BENCHMARKS)} (the first argument; all of them without one). The "
+                           f"result is JSON. Without --config the sizes are those of {DEFAULT_CONFIG}.",
+                           "grn-scale bench train --config configs/runs/demo.yaml --repeats 10")
+    parser.set_defaults(config=DEFAULT_CONFIG)
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="measurements of each number (default: 5)")
+    parser.add_argument("--clips", type=int, default=256, metavar="N", help="decoded in each repeat (default: 256)")
+    parser.add_argument("--samples", type=int, default=4096, metavar="N", help="read in each repeat (default: 4096)")
+    parser.add_argument("--json", action="store_true", help="nothing but the JSON: no progress on stderr")
+    rest = argv[1:] if named else argv
+    config, options = parser.parse_command(rest)
+    if min(options.repeats, options.clips, options.samples) < 1:
+        raise ConfigError("--repeats, --clips and --samples must be at least 1")
+    start_logging(logging.WARNING if options.json else logging.INFO)
+    if not named:
+        return _each_alone(rest)
+    log.info("measuring %s", argv[0])
+    with contextlib.redirect_stdout(sys.stderr):  # libraries print, but stdout is the result
+        report = measure(argv[0], config, clips=options.clips, samples=options.samples, repeats=options.repeats)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(json.dumps(report, indent=1))
+    return 0
+
+
+def _each_alone(arguments: Sequence[str]) -> int:
+    """Run all benchmarks, one after the other in processes of their own, so that each peak of memory is its own."""
+    reports = {}
+    for name in BENCHMARKS:
+        done = subprocess.run([sys.executable, "-m", "grn_scale", "bench", name, *arguments], stdout=subprocess.PIPE,
+                              text=True, check=False)
+        if done.returncode:
+            log.error("`grn-scale bench %s` ended with exit code %d", name, done.returncode)
+            return done.returncode if done.returncode > 0 else EXIT_FAILED
+        reports[name] = json.loads(done.stdout)
+    print(json.dumps(reports, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,90 @@
+"""Tokenization speed: decoding and encoding, each alone."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grn_scale.config.schema import Config
+from grn_scale.errors import UserError
+from grn_scale.perf.measure import rates, repeat, start_torch
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from grn_scale.data.decode import DecodeRequest
+    from grn_scale.tokenizer.video import VideoTokenizer
+
+
+def bench_tokenize(config: Config, samples: int, repeats: int) -> dict[str, Any]:
+    """Frames a second of decoding (in config.tokenize.decode_processes children) and of encoding, each alone."""
+    import torch
+
+    from grn_scale.data.decode import DecodedClip
+    from grn_scale.data.decode_pool import DecodePool
+    from grn_scale.tokenizer import load_tokenizer
+
+    device = start_torch(config.train.threads)
+    tokenizer = load_tokenizer(config.tokenizer.path).to(device)
+    with tempfile.TemporaryDirectory(prefix="grn-bench-") as folder:
+        requests = _requests(config, samples, Path(folder))
+        with DecodePool(config.tokenize.decode_processes, config.tokenize.decode_timeout_seconds) as pool:
+            clips = [clip for _, clip in pool.map(requests) if isinstance(clip, DecodedClip)]
+            if not clips:
+                raise UserError(f"none of {len(requests)} clips of {config.data.manifest} can be decoded; "
+                                "`grn-scale manifest validate` looks for the reasons")
+            decode_seconds = repeat(lambda: list(pool.map(requests)), repeats, warmup=0)
+    shape = clips[0].frames.shape
+    batch = [clip.frames for clip in clips if clip.frames.shape == shape][:config.tokenize.batch_clips]
+
+    @torch.inference_mode()
+    def encode() -> None:
+        _encode(tokenizer, batch, config.model.rounds, device)
+
+    encode_seconds = repeat(encode, repeats)
+    frames = sum(len(clip.frames) for clip in clips)
+    return {
+        "clips": len(clips), "undecodable_clips": len(requests) - len(clips), "frames": frames,
+        "frame_shape": list(shape[1:]), "backends": sorted({clip.backend for clip in clips}),
+        "decode_frames_per_second": rates(frames, decode_seconds),
+        "encode_batch_clips": len(batch), "encode_frames_per_second": rates(len(batch) * len(batch[0]), encode_seconds),
+    }
+
+
+def _requests(config: Config, samples: int, folder: Path) -> list[DecodeRequest]:
+    """Up to `samples` clips of the manifest, or clips made for the purpose."""
+    from grn_scale.data.buckets import bucket
+    from grn_scale.data.decode import DecodeRequest
+    from grn_scale.data.manifest import load_manifest
+    from grn_scale.demo import shapes
+    from grn_scale.demo.clips import encode_h264
+
+    settings = config.tokenize
+    if config.data.manifest:
+        found = [(clip.path, clip.begin_frame, clip.end_frame) for clip in load_manifest(config.data.manifest)[:samples]]
+    else:
+        side = bucket(1.0, settings.latent_side).height
+        found = []
+        for number, attributes in zip(range(samples), itertools.cycle(shapes.training())):
+            path = folder / f"{number:06d}.mp4"
+            path.write_bytes(encode_h264(shapes.render(attributes, number, side, settings.max_frames),
+                                         max(1, round(settings.fps))))
+            found.append((path, None, None))
+    return [DecodeRequest(str(path), settings.fps, settings.max_frames, begin, end, latent_side=settings.latent_side)
+            for path, begin, end in found]
+
+
+def _encode(tokenizer: VideoTokenizer, batch: Sequence[np.ndarray], rounds: int, device: torch.device) -> None:
+    """Frames of equal clips -> packed bits on the host, as `grn-scale tokenize` makes them."""
+    import numpy as np
+    import torch
+
+    from grn_scale.hbq import pack_bits, quantize_bits, to_token_major
+
+    video = torch.from_numpy(np.stack(batch)).to(device).movedim(-1, 1).float() / 127.5 - 1
+    for bits in to_token_major(quantize_bits(tokenizer.encode(video).float(), rounds)).cpu():
+        pack_bits(bits)

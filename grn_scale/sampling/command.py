@@ -1,0 +1,273 @@
+"""grn-scale sample: prompts -> videos (or pictures), from the checkpoint of a run.
+
+    grn-scale sample --run runs/first --prompt "a red circle moves left" output=samples/
+
+Writes one file a sample, refinement.png (how the first sample emerged from noise) and, last, samples.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import re
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from grn_scale.command_line import CommandParser, run, start_logging
+from grn_scale.config.check import check_set
+from grn_scale.config.load import apply_overrides, build, to_dict
+from grn_scale.config.schema import Config
+from grn_scale.data.atomic import write_bytes, write_json
+from grn_scale.data.buckets import CELL_PIXELS, choose_bucket, latent_frames, nearest_ratio_key, whole_groups
+from grn_scale.data.decode import DecodeError, DecodeRequest, decode_clip
+from grn_scale.errors import ConfigError, UserError
+from grn_scale.sampling.condition import Condition, SamplingSettings
+from grn_scale.sampling.film import Film
+from grn_scale.sampling.pictures import png_bytes
+from grn_scale.sampling.sampler import StepMaps, generate
+from grn_scale.sampling.source import TrainedModel, open_model
+from grn_scale.sampling.video import decode_clips, encode_first_frame, encode_mp4
+from grn_scale.tokenizer import load_tokenizer
+from grn_scale.tokenizer.text import TextEncoder, clean_caption, load_text_encoder, tagged_caption
+from grn_scale.tokenizer.video import VideoTokenizer
+
+log = logging.getLogger(__name__)
+
+SUMMARY = "samples.json"
+FILM_STRIP = "refinement.png"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for."""
+
+    prompts: tuple[str, ...]
+    negative: str
+    count: int
+    """Samples of each prompt."""
+    frames: int
+    size: tuple[int, int] | None
+    """Height and width in pixels."""
+    first_frame: str | None
+
+    @property
+    def task(self) -> str:
+        return "I2V" if self.first_frame else "T2I" if self.frames == 1 else "T2V"
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """Shape of the samples, and the picture they begin with."""
+
+    height: int
+    width: int
+    ratio_key: float
+    first_frame: np.ndarray | None
+    """uint8 RGB [height, width, 3]"""
+
+
+def main(argv: list[str]) -> int:
+    """Run `grn-scale sample` with its arguments; the exit code."""
+    parser = _parser()
+    config, options = parser.parse_command(argv)
+    start_logging()
+    trained = open_model(options.run, raw=options.raw)
+    if options.config is None:
+        config = _run_config(trained, options.overrides)
+    check_set(config, "output", "text.encoder")
+    request = _request(options, config)
+    summary = sample(trained, config, request)
+    print(json.dumps(summary, indent=1) if options.json else _table(summary, Path(config.output)))
+    return 0
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        "sample", "Sample videos, or pictures with --frames 1, from a checkpoint. Without --config the run's own "
+        "configuration holds. The precision is train.precision.",
+        "grn-scale sample --run runs/first --prompt 'a red circle moves left' output=samples/", json=True)
+    parser.add_argument("--run", required=True, metavar="RUN", help="run folder (its newest checkpoint) or step folder")
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times, and empty")
+    parser.add_argument("--prompts", metavar="FILE", help="text file with a prompt on each line")
+    parser.add_argument("--negative", default="", metavar="TEXT", help="what guidance leads away from (default: the empty text)")
+    parser.add_argument("--count", type=int, default=1, metavar="N", help="samples of each prompt (default: 1)")
+    parser.add_argument("--frames", type=int, metavar="N", help="1 + 4k frames; 1 is a picture (default: tokenize.max_frames)")
+    parser.add_argument("--size", metavar="HxW", help="pixels, multiples of 16 (default: the square bucket of "
+                        "tokenize.latent_side, or the one nearest to --first-frame)")
+    parser.add_argument("--first-frame", metavar="FILE", help="image, or video whose first frame is taken, to begin with")
+    parser.add_argument("--raw", action="store_true", help="the trained weights, not their moving average")
+    return parser
+
+
+def _run_config(trained: TrainedModel, overrides: Sequence[str]) -> Config:
+    """The configuration the model was trained with, the overrides on top; where to write is not taken from it."""
+    values = {**trained.state["config"], "output": ""}
+    return build(Config, apply_overrides(values, overrides, Config, Path.cwd()))
+
+
+def _request(options: argparse.Namespace, config: Config) -> Request:
+    prompts = list(options.prompt)
+    if options.prompts is not None:
+        try:
+            lines = Path(options.prompts).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--prompts: cannot read {options.prompts}: {error}") from error
+        prompts += [line for line in lines if line.strip()]
+    if not prompts:
+        raise ConfigError("no prompt given: use --prompt TEXT (it may be empty) or --prompts FILE")
+    if options.count < 1:
+        raise ConfigError(f"--count is {options.count}, but must be at least 1")
+    frames = config.tokenize.max_frames if options.frames is None else options.frames
+    if frames < 1 or frames != whole_groups(frames):
+        raise ConfigError(f"--frames is {frames}, but the tokenizer makes 1 + 4k frames: {max(1, whole_groups(frames))} "
+                          "would do")
+    if options.first_frame and frames == 1:
+        raise ConfigError("--first-frame is given, but --frames 1 leaves nothing to sample; 5 is the fewest")
+    return Request(tuple(prompts), options.negative, options.count, frames, _size(options.size), options.first_frame)
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)[xX](\d+)", text)
+    if not match:
+        raise ConfigError(f"--size is {text!r}, but must be height x width in pixels, like 480x832")
+    height, width = int(match[1]), int(match[2])
+    if not height or not width or height % CELL_PIXELS or width % CELL_PIXELS:
+        near = "x".join(str(max(1, round(side / CELL_PIXELS)) * CELL_PIXELS) for side in (height, width))
+        raise ConfigError(f"--size is {text}, but both sides must be multiples of {CELL_PIXELS}: {near} is near")
+    return height, width
+
+
+def sample(trained: TrainedModel, config: Config, request: Request) -> dict[str, Any]:
+    """Sample what is asked for into the folder config.output; the content of samples.json.
+
+    Raises UserError where the folder holds samples already, or tokenizer or text encoder are not those the model was
+    trained with.
+    """
+    folder = Path(config.output)
+    if (folder / SUMMARY).exists():
+        raise UserError(f"output: {folder} holds samples already; give another folder")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(config.tokenizer.path).to(device)
+    trained.check_fingerprint("tokenizer", "tokenizer.path", tokenizer.fingerprint)
+    encoder = load_text_encoder(config.text.encoder, config.text.max_tokens, device)
+    trained.check_fingerprint("text", "text.encoder", encoder.fingerprint)
+    model = trained.model.to(device, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
+    settings = SamplingSettings(**dataclasses.asdict(config.sampling), end_fraction=model.config.end_fraction)
+    if settings.steps < settings.tmax - 1:
+        log.warning("sampling.steps is %d, but the schedule is %d long (sampling.tmax): it is cut off while labels are still "
+                    "noise; sampling.tmax=%d runs through it", settings.steps, settings.tmax, settings.steps)
+    canvas = _canvas(request, config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output: cannot make {folder}: {error.strerror}") from error
+
+    texts = _texts(request, model.config.task_tags)
+    conditions = _conditions(request, canvas, texts, encoder, tokenizer, trained)
+    film = Film(0, settings.steps)
+    with _bar("sampling", settings.steps * len(conditions)) as advance:
+        def observe(maps: StepMaps) -> None:
+            film(maps)
+            advance(sum(settings.steps - maps.step if n in maps.ended else 1 for n in maps.samples))
+        result = generate(model, conditions, settings, seed=config.seed, observe=observe)
+
+    fps = trained.fps or config.tokenize.fps
+    files = []
+    with _bar("writing", len(conditions)) as advance:
+        for n, frames in enumerate(decode_clips(tokenizer, result.labels, model.config)):
+            files.append(_write_clip(folder, n, frames, fps))
+            advance(1)
+    write_bytes(folder / FILM_STRIP, png_bytes(film.strip(tokenizer, model.config, texts[0][1] or "(empty prompt)")))
+    summary = {
+        "checkpoint": str(trained.checkpoint), "step": trained.state.get("step"), "weights": trained.weights,
+        "precision": config.train.precision, "device": str(device), "seed": config.seed,
+        "settings": dataclasses.asdict(settings), "tokenizer_fingerprint": tokenizer.fingerprint,
+        "text_fingerprint": encoder.fingerprint, "model": to_dict(model.config), "task": request.task,
+        "negative": request.negative, "first_frame": request.first_frame, "frames": request.frames,
+        "height": canvas.height, "width": canvas.width, "ratio_key": canvas.ratio_key, "fps": fps, "film_strip": FILM_STRIP,
+        "samples": [{"file": file, "draw": n, "prompt": prompt, "text": text}
+                    for n, (file, (prompt, text)) in enumerate(zip(files, texts))]}
+    write_json(folder / SUMMARY, summary)
+    return summary
+
+
+def _texts(request: Request, task_tags: bool) -> list[tuple[str, str]]:
+    """(prompt, text that is encoded) of each sample."""
+    return [(prompt, tagged_caption(clean_caption(prompt), request.task, task_tags))
+            for prompt in request.prompts for _ in range(request.count)]
+
+
+def _canvas(request: Request, config: Config) -> Canvas:
+    if request.first_frame is None:
+        if request.size is None:
+            bucket = choose_bucket(1, 1, config.tokenize.latent_side)
+            return Canvas(bucket.height, bucket.width, bucket.ratio_key, None)
+        return Canvas(*request.size, nearest_ratio_key(*request.size), None)
+    size = {"latent_side": config.tokenize.latent_side} if request.size is None else dict(
+        zip(("height", "width"), request.size))
+    try:
+        clip = decode_clip(DecodeRequest(request.first_frame, config.tokenize.fps, 1, **size))
+    except DecodeError as error:
+        raise UserError(f"--first-frame: {error}") from error
+    height, width = clip.frames.shape[1:3]
+    return Canvas(height, width, clip.ratio_key, clip.frames[0])
+
+
+def _conditions(request: Request, canvas: Canvas, texts: Sequence[tuple[str, str]], encoder: TextEncoder,
+                tokenizer: VideoTokenizer, trained: TrainedModel) -> list[Condition]:
+    config = trained.model.config
+    # A negative text has the tag too: in training the network never saw a text without it, but the empty one.
+    negative = tagged_caption(clean_caption(request.negative), request.task, config.task_tags)
+    negative_states, *states = encoder.encode([negative, *(text for _, text in texts)])
+    first = None if canvas.first_frame is None else encode_first_frame(tokenizer, canvas.first_frame, config)
+    thw = (latent_frames(request.frames), canvas.height // CELL_PIXELS, canvas.width // CELL_PIXELS)
+    return [Condition(state, negative_states, thw, canvas.ratio_key, first) for state in states]
+
+
+def _write_clip(folder: Path, number: int, frames: np.ndarray, fps: float) -> str:
+    """Name of the file that now holds the sample: MP4, or PNG for a single frame."""
+    from PIL import Image
+
+    if len(frames) == 1:
+        name, data = f"{number:04d}.png", png_bytes(Image.fromarray(frames[0]))
+    else:
+        name, data = f"{number:04d}.mp4", encode_mp4(frames, fps)
+    write_bytes(folder / name, data)
+    return name
+
+
+@contextmanager
+def _bar(name: str, total: int):
+    """A progress bar on stderr while the block runs; yields what advances it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                  console=Console(stderr=True)) as progress:
+        task = progress.add_task(name, total=total)
+        advance: Callable[[int], None] = lambda items: progress.advance(task, items)  # noqa: E731
+        yield advance
+
+
+def _table(summary: dict[str, Any], folder: Path) -> str:
+    rows = [("checkpoint", f"{summary['checkpoint']} ({summary['weights']} weights)"),
+            ("samples", f"{len(summary['samples'])} {summary['task']}, {summary['frames']} frames of "
+                        f"{summary['height']}x{summary['width']}, seed {summary['seed']}"),
+            *(("", f"{folder / entry['file']}  {entry['prompt']}") for entry in summary["samples"]),
+            ("film strip", str(folder / FILM_STRIP)), ("summary", str(folder / SUMMARY))]
+    return "\n".join(f"{name:<12}{value}" for name, value in rows)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,191 @@
+"""Building blocks of the causal video autoencoder (GRN reference, section 2), each usable clip by clip or in chunks.
+
+Legend: B clips, C channels, T frames, H rows, W columns; tensors are [B, C, T, H, W].
+
+One forward serves both forms. Every block takes a `History`: what the layers keep of the frames before this chunk.
+The first chunk is frame 0 followed by any number of whole groups, a later chunk is whole groups only. A clip in one
+pass is a first chunk that holds everything, so the two forms cannot drift apart.
+
+Module and parameter names are those of the official checkpoints; do not rename them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class History:
+    """Last frames each temporal layer has seen, by layer. `keep=False` stores nothing: one pass over one clip."""
+
+    def __init__(self, keep: bool) -> None:
+        self.first = True
+        """True during the chunk that starts with frame 0."""
+        self._keep = keep
+        self._frames: dict[nn.Module, torch.Tensor] = {}
+
+    def get(self, layer: nn.Module) -> torch.Tensor | None:
+        return self._frames.get(layer)
+
+    def put(self, layer: nn.Module, x: torch.Tensor, frames: int) -> None:
+        """Remember the last `frames` frames of x [B, C, T, H, W] (a copy, so that x itself can be freed)."""
+        if self._keep:
+            self._frames[layer] = x[:, :, -frames:].clone()
+
+
+class CausalConv3d(nn.Conv3d):
+    """3D convolution whose time padding lies in the past only: the frames before this chunk, else zeros."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int | tuple[int, int, int]) -> None:
+        kernel = (kernel,) * 3 if isinstance(kernel, int) else kernel
+        super().__init__(in_channels, out_channels, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
+
+    def forward(self, x: torch.Tensor, history: History) -> torch.Tensor:
+        past = self.kernel_size[0] - 1
+        if past == 0:
+            return super().forward(x)
+        before = history.get(self)
+        missing = past if before is None else past - before.shape[2]
+        parts = [x] if before is None else [before, x]
+        if missing:
+            parts.insert(0, x.new_zeros(x.shape[0], x.shape[1], missing, *x.shape[3:]))
+        x = torch.cat(parts, 2)
+        history.put(self, x, past)
+        return super().forward(x)
+
+
+class ChannelNorm(nn.Module):
+    """x / max(|x|_2 over channels, 1e-12) * sqrt(C) * gamma."""
+
+    def __init__(self, channels: int, dims: int = 3) -> None:
+        super().__init__()
+        self.scale = channels**0.5
+        self.gamma = nn.Parameter(torch.ones(channels, *(1,) * dims))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # The sum of squares runs much faster on CPUs than torch's vector norm over a strided axis.
+        inverse = x.square().sum(dim=1, keepdim=True).clamp_min(1e-24).rsqrt()
+        return x * inverse * (self.scale * self.gamma)
+
+
+def run(layers: nn.Module, x: torch.Tensor, history: History) -> torch.Tensor:
+    """x through a sequence in which some layers look at earlier frames."""
+    for layer in layers:
+        x = layer(x, history) if isinstance(layer, (CausalConv3d, ResidualBlock, Downsample, Upsample)) else layer(x)
+    return x
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.residual = nn.Sequential(
+            ChannelNorm(in_channels), nn.SiLU(), CausalConv3d(in_channels, out_channels, 3),
+            # The sixth place is a dropout in the official layout; here it only keeps the key numbers.
+            ChannelNorm(out_channels), nn.SiLU(), nn.Identity(), CausalConv3d(out_channels, out_channels, 3))
+        self.shortcut = CausalConv3d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: torch.Tensor, history: History) -> torch.Tensor:
+        straight = x if self.shortcut is None else self.shortcut(x, history)
+        return straight + run(self.residual, x, history)
+
+
+def frames_to_batch(x: torch.Tensor) -> torch.Tensor:
+    """[B, C, T, H, W] -> [B*T, C, H, W]."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def batch_to_frames(x: torch.Tensor, batch: int) -> torch.Tensor:
+    """[B*T, C, H, W] -> [B, C, T, H, W]."""
+    return x.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+class MidAttention(nn.Module):
+    """Single-head attention over the places of each frame, plus the input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = ChannelNorm(channels, dims=2)
+        self.to_qkv = nn.Conv2d(channels, channels * 3, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.proj.weight)
+        self.enabled = True
+        """Off: returns its input untouched, as the official v2 tokenizer training does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.enabled:
+            return x
+        frames = frames_to_batch(x)
+        qkv = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2).unsqueeze(1)
+        q, k, v = qkv.chunk(3, dim=-1)
+        mixed = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2).reshape(frames.shape)
+        return x + batch_to_frames(self.proj(mixed), x.shape[0])
+
+
+class Downsample(nn.Module):
+    """Halves height and width, and with `time` also the frames after the first."""
+
+    def __init__(self, channels: int, time: bool) -> None:
+        super().__init__()
+        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2))
+        self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if time else None
+
+    def forward(self, x: torch.Tensor, history: History) -> torch.Tensor:
+        x = batch_to_frames(self.resample(frames_to_batch(x)), x.shape[0])
+        if self.time_conv is None:
+            return x
+        before = history.get(self)
+        history.put(self, x, 1)
+        if before is not None:
+            return self.time_conv(torch.cat([before, x], 2))
+        return torch.cat([x[:, :, :1], self.time_conv(x)], 2) if x.shape[2] > 1 else x
+
+
+class Upsample(nn.Module):
+    """Doubles height and width, and with `time` also every frame but the first."""
+
+    def __init__(self, channels: int, time: bool) -> None:
+        super().__init__()
+        self.resample = nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest-exact"),
+                                      nn.Conv2d(channels, channels, 3, padding=1))
+        self.time_conv = CausalConv3d(channels, channels * 2, (3, 1, 1)) if time else None
+
+    def forward(self, x: torch.Tensor, history: History) -> torch.Tensor:
+        if self.time_conv is not None:
+            # Frame 0 passes as it is and never enters the time convolution's past.
+            head, x = (x[:, :, :1], x[:, :, 1:]) if history.first else (x[:, :, :0], x)
+            if x.shape[2]:
+                x = self.time_conv(x, history).unflatten(1, (2, -1))  # [B, 2, C, T, H, W]
+                x = x.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)  # half 0 is frame 2j, half 1 is frame 2j + 1
+            x = torch.cat([head, x], 2)
+        return batch_to_frames(self.resample(frames_to_batch(x)), x.shape[0])
+
+
+def average_shortcut(x: torch.Tensor, out_channels: int, ft: int, fs: int) -> torch.Tensor:
+    """Blocks of (ft, fs, fs) become channels (order C, time, row, column), then means over consecutive groups."""
+    if x.shape[2] % ft:
+        x = F.pad(x, (0, 0, 0, 0, 1, 0))
+    b, c, t, h, w = x.shape
+    x = x.reshape(b, c, t // ft, ft, h // fs, fs, w // fs, fs).permute(0, 1, 3, 5, 7, 2, 4, 6)
+    return x.reshape(b, out_channels, -1, t // ft, h // fs, w // fs).mean(2)
+
+
+def duplicate_shortcut(x: torch.Tensor, out_channels: int, ft: int, fs: int, first: bool) -> torch.Tensor:
+    """Channels repeated, then spread over blocks of (ft, fs, fs); frame 0 of a clip becomes one frame, not ft."""
+    b, c, t, h, w = x.shape
+    x = x.repeat_interleave(out_channels * ft * fs * fs // c, dim=1)
+    x = x.reshape(b, out_channels, ft, fs, fs, t, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
+    x = x.reshape(b, out_channels, t * ft, h * fs, w * fs)
+    return x[:, :, ft - 1:] if first else x
+
+
+def patchify(video: torch.Tensor) -> torch.Tensor:
+    """[B, 3, T, H, W] -> [B, 12, T, H/2, W/2]; new channel = c*4 + column in patch * 2 + row in patch."""
+    b, c, t, h, w = video.shape
+    return video.reshape(b, c, t, h // 2, 2, w // 2, 2).permute(0, 1, 6, 4, 2, 3, 5).reshape(b, c * 4, t, h // 2, w // 2)
+
+
+def unpatchify(x: torch.Tensor) -> torch.Tensor:
+    """The inverse of `patchify`."""
+    b, c, t, h, w = x.shape
+    return x.reshape(b, c // 4, 2, 2, t, h, w).permute(0, 1, 4, 5, 3, 6, 2).reshape(b, c // 4, t, h * 2, w * 2)

@@ -1,0 +1,1 @@
+"""The program that composes a training run from the library."""

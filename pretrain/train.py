@@ -1,0 +1,180 @@
+"""`grn-scale train`: the one place that composes a training run.
+
+    torchrun --nproc-per-node 2 -m grn_scale train --config configs/runs/demo.yaml data.dataset=tokens/ output=runs/a
+
+Start it alone, under torchrun, or under srun; the layout follows from parallel.* and the number of processes.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from grn_scale import __version__
+from grn_scale.command_line import CommandParser, run, save_config, start_logging
+from grn_scale.config.check import check_layout, check_set, check_training
+from grn_scale.config.load import to_dict
+from grn_scale.config.schema import Config
+
+if TYPE_CHECKING:
+    import torch
+
+    from grn_scale.batch import Sample
+    from grn_scale.data.plan import Plan
+    from grn_scale.data.shards import Dataset
+    from grn_scale.model.pack import PackedBatch
+    from grn_scale.parallel.engine import TrainEngine
+    from grn_scale.train.loop import Position
+
+log = logging.getLogger("grn_scale.train")
+
+
+def main(argv: list[str]) -> int:
+    parser = CommandParser("train", "Pretrain a GRN on token shards, on any number of processes.",
+                           "grn-scale train --config configs/runs/demo.yaml data.dataset=tokens/ output=runs/first")
+    under_slurm = "SLURM_JOB_ID" in os.environ
+    parser.add_argument("--resume", default="auto" if under_slurm else "none", metavar="none|auto|must|PATH",
+                        help="which checkpoint to continue from (default: none, under Slurm auto)")
+    config, options = parser.parse_command(argv)
+    start_logging()
+    check_before_start(config)
+    train_run(config, options.resume)
+    return 0
+
+
+def check_before_start(config: Config) -> None:
+    """Refuse what cannot run, before any process group or model is built."""
+    from grn_scale.data.shards import read_dataset_info
+    from grn_scale.parallel.dims import world_size_from_environment
+
+    check_set(config, "data.dataset", "output")
+    check_layout(config, world_size_from_environment())
+    check_training(config, read_dataset_info(config.data.dataset))
+
+
+def train_run(config: Config, resume: str) -> None:
+    """Train to config.train.steps, from scratch or from a checkpoint, and leave the run folder behind."""
+    import torch
+
+    from grn_scale.checkpoint.checkpoint import resolve_resume
+    from grn_scale.data.loader import PackLoader
+    from grn_scale.data.packing import Cost
+    from grn_scale.data.plan import Plan
+    from grn_scale.data.shards import Dataset
+    from grn_scale.parallel import groups
+    from grn_scale.perf.flops import peak_flops
+    from grn_scale.train.loop import Run, train
+    from grn_scale.train.metrics import MetricsLog
+    from grn_scale.train.progress import TrainingProgress
+
+    torch.set_num_threads(config.train.threads or threads_per_process())
+    dataset = Dataset.open(config.data.dataset)
+    plan = Plan.of(dataset, config.data, config.seed)
+    held_out = Plan.of(dataset, config.data, config.seed, split="validation") if config.train.validate_every else None
+
+    device = groups.start(config.parallel)
+    from grn_scale.parallel.engine import TrainEngine
+
+    try:
+        folder, first = Path(config.output), torch.distributed.get_rank() == 0
+        checkpoint = resolve_resume(resume, folder)
+        if first:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_config(config, folder)
+        data_rank, data_size = groups.data_parallel()
+        engine = TrainEngine(config, device)
+        position = restore(engine, checkpoint, plan)
+        assemble = functools.partial(pack_batch, config=config, device=device)
+        cost = Cost.of_shape(config.model.num_layers, config.model.hidden_size, config.model.ffn_hidden_size)
+        loader = PackLoader(dataset, plan, position.data, packs_per_step=config.data.packs_per_step, cost=cost,
+                            gamma=config.loss.gamma, dp_rank=data_rank, dp_size=data_size,
+                            bad_sample_limit=config.data.bad_sample_limit)
+        validation = validation_batches(dataset, held_out, config, data_rank, data_size, assemble) if held_out else []
+        peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        total_peak = peak and peak * torch.distributed.get_world_size()
+        save = functools.partial(save_state, engine, dataset, config)
+        with (loader, MetricsLog(folder, position.step, config.logging, writes=first, config=to_dict(config)) as metrics,
+              TrainingProgress(config.train.steps, position.step, shown=first) as progress):
+            train(Run(config, engine, loader, assemble, validation, metrics, progress, save, total_peak), position)
+    finally:
+        groups.stop()
+
+
+def threads_per_process() -> int:
+    """Cores of this machine divided by its processes."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def pack_batch(samples: Sequence[Sample], weights: dict[int, float], *, config: Config,
+               device: torch.device) -> PackedBatch:
+    """The packed batch of one micro-batch. Processes that share a copy of the model agree on which samples are bad."""
+    from grn_scale.model.pack import assemble
+    from grn_scale.parallel import groups
+
+    valid = groups.agree([sample.valid for sample in samples])
+    samples = [replace(sample, valid=flag) for sample, flag in zip(samples, valid)]
+    return assemble(samples, weights, config=config.model, noise=config.noise, seed=config.seed,
+                    length=config.data.token_budget, device=device)
+
+
+def validation_batches(dataset: Dataset, plan: Plan, config: Config, data_rank: int, data_size: int,
+                       assemble: Callable) -> list[PackedBatch]:
+    """This rank's share of the first data.validation_packs held-out packs (fewer where there are not so many), filled
+    with empty packs so that every rank and pipeline stage has the same number."""
+    from grn_scale.data.loader import read_pack
+    from grn_scale.data.plan import sample_weights
+
+    count = min(config.data.validation_packs, plan.packs_in_epoch(0))
+    unit = data_size * (config.parallel.pipeline if config.parallel.virtual_pipeline > 1 else 1)
+    packs, _ = plan.next_step(plan.start(), count)
+    packs += [replace(packs[0], position=-1, draws=())] * (-len(packs) % unit)
+    weights = sample_weights(packs, config.loss.gamma)
+    return [assemble(read_pack(dataset, pack), weights) for pack in packs[data_rank::data_size]]
+
+
+def restore(engine: TrainEngine, checkpoint: Path | None, plan: Plan) -> Position:
+    """Where the checkpoint stands, after filling the engine from it; the start of everything for None."""
+    from grn_scale.checkpoint.checkpoint import load_checkpoint, read_state
+    from grn_scale.checkpoint.store import load_chunks
+    from grn_scale.data.plan import DataState
+    from grn_scale.train.loop import Position
+
+    if checkpoint is None:
+        return Position(0, 0, plan.start())
+    saved = read_state(checkpoint)
+    sections, weights = engine.restore_chunks(saved["updates"])
+    load_checkpoint(checkpoint, sections)
+    load_chunks(checkpoint / "model", weights)
+    engine.finish_restore()
+    log.info("resumed from %s: step %d, %d samples seen; weights, optimizer, moving average and data position restored",
+             checkpoint, saved["step"], saved["samples_seen"])
+    return Position(saved["step"], saved["samples_seen"], DataState.from_dict(saved["data"]))
+
+
+def save_state(engine: TrainEngine, dataset: Dataset, config: Config, position: Position) -> None:
+    """Write a checkpoint; samples that any process could not read enter the skip list of all."""
+    import torch
+
+    from grn_scale.checkpoint.checkpoint import save_checkpoint
+    from grn_scale.parallel import groups
+
+    data, info = position.data, dataset.info
+    for skip in groups.gather_objects(data.skip):
+        data = data.with_skips(skip)
+    save_checkpoint(config.output, position.step, engine.state_chunks(), {
+        "step": position.step, "samples_seen": position.samples_seen, "updates": engine.updates,
+        "data": data.to_dict(), "config": to_dict(config),
+        "dataset": {"tokenizer_fingerprint": info.tokenizer_fingerprint, "text_fingerprint": info.text_fingerprint,
+                    "fps": info.fps},
+        "versions": {"grn_scale": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }, keep_last=config.train.keep_last)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

@@ -1,0 +1,392 @@
+"""tokenize and verify on real files, through their command lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from grn_scale.data.manifest import ManifestError
+from grn_scale.data.shards import Dataset
+from grn_scale.data_pipeline import tokenize, verify
+from grn_scale.errors import ConfigError, DoNotRequeue, UserError
+from tests.helpers.clips import caption, write_clip, write_manifest, write_text_encoder, write_tokenizer
+
+CLIPS = 8
+
+
+class Workplace:
+    """Clips, manifest, tokenizer and text encoder in one folder, and the command over them."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.lines = [{"path": f"clips/{i}.mp4", "caption": caption(i)} for i in range(CLIPS)]
+        for i in range(CLIPS):
+            # Two shapes, so that batches of one bucket are interleaved in the manifest.
+            write_clip(root / f"clips/{i}.mp4", i, frames=9, width=64 if i % 3 == 2 else 32)
+        self.tokenizer = write_tokenizer(root / "tokenizer.safetensors")
+        self.encoder = write_text_encoder(root / "encoder", CLIPS)
+
+    def arguments(self, output: str, lines: list[dict] | None = None, **changes) -> list[str]:
+        manifest = write_manifest(self.root / "clips.jsonl", self.lines if lines is None else lines)
+        settings = {
+            "data.manifest": manifest, "output": self.root / output, "tokenizer.path": self.tokenizer,
+            "text.encoder": self.encoder, "text.max_tokens": 32, "model.latent_channels": 4,
+            "model.text_hidden_size": 64, "tokenize.fps": 16, "tokenize.max_frames": 9, "tokenize.latent_side": 2,
+            "tokenize.shard_samples": 3, "tokenize.batch_clips": 2, "tokenize.max_bad_fraction": 0, **changes}
+        return [f"{key}={value}" for key, value in settings.items()]
+
+    def run(self, output: str, lines: list[dict] | None = None, **changes) -> Path:
+        assert tokenize.main(self.arguments(output, lines, **changes)) == 0
+        return self.root / output
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    return Workplace(tmp_path_factory.mktemp("work"))
+
+
+@pytest.fixture(scope="module")
+def made(prepared):
+    """A finished dataset; not to be changed."""
+    return prepared.run("made")
+
+
+@pytest.fixture
+def copied(made, tmp_path):
+    return Path(shutil.copytree(made, tmp_path / "tokens"))
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """All that belongs to the dataset: not the status, the lock and the configuration (which names the folder)."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name not in ("status.json", "lock", "config.yaml")}
+
+
+def stamps(folder: Path, pattern: str) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob(pattern)}
+
+
+def flip_byte(path: Path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
+def captions_of(folder: Path) -> dict[str, list[str]]:
+    """Key -> keys of its T2V texts."""
+    dataset = Dataset.open(folder)
+    return {row.key: [c.texts["T2V"].key for c in row.captions]
+            for shard in range(len(dataset.shard_sizes)) for row in dataset.rows(shard)}
+
+
+def test_every_clip_gives_the_bits_of_its_frames_and_the_states_of_its_captions(prepared, made):
+    from grn_scale.data.decode import read_clip
+    from grn_scale.hbq import quantize_bits, to_token_major, unpack_bits
+    from grn_scale.tokenizer import load_tokenizer
+    from grn_scale.tokenizer.text import load_text_encoder, tagged_caption
+
+    dataset = Dataset.open(made)
+    assert dataset.info.samples == CLIPS and dataset.shard_sizes == [3, 3, 2]
+    model, encoder = load_tokenizer(prepared.tokenizer), load_text_encoder(prepared.encoder, 32)
+    found = []
+    for number in range(CLIPS):
+        row = dataset.locate(number)
+        about = json.loads(_member(made / f"video-{row.shard:06d}.tar", f"{row.key}.json"))
+        clip = int(Path(about["id"]).stem)
+        found.append(clip)
+        height, width = about["bucket"]["height"], about["bucket"]["width"]
+        assert row.thw == (3, height // 16, width // 16) and row.ratio_key == (0.5 if clip % 3 == 2 else 1.0)
+        frames = read_clip(prepared.root / f"clips/{clip}.mp4", fps=16, max_frames=9, height=height, width=width)
+        video = torch.from_numpy(frames).movedim(-1, 0)[None].float() / 127.5 - 1
+        with torch.inference_mode():
+            wanted = to_token_major(quantize_bits(model.encode(video), 4))[0]
+        bits = unpack_bits(dataset.read_bits(row), (*row.thw, 16))
+        assert (bits != wanted).float().mean() < 0.01  # a feature at a boundary may fall to either side
+        (entry,) = row.captions
+        assert set(entry.texts) == {"T2V", "I2V"}
+        for task, ref in entry.texts.items():
+            state = encoder.encode([tagged_caption(caption(clip), task, True)])[0]
+            assert ref.tokens == len(state)
+            torch.testing.assert_close(dataset.read_text(ref.key), state, rtol=0.02, atol=0.02)
+    assert sorted(found) == list(range(CLIPS))
+    empty = dataset.info.empty_text
+    assert empty.tokens == 1 and torch.equal(dataset.read_text(empty.key), encoder.encode([""])[0])
+    assert dataset.info.tokens == sum(np.prod(dataset.locate(i).thw) for i in range(CLIPS))
+    status = json.loads((made / "status.json").read_text())
+    assert status["state"] == "done" and status["clips"] == CLIPS and status["frames"] == 9 * CLIPS
+    assert {"decode_wait", "encode", "write"} <= status["seconds"].keys()
+
+
+def _member(tar: Path, name: str) -> bytes:
+    import tarfile
+
+    with tarfile.open(tar) as opened:
+        return opened.extractfile(name).read()
+
+
+def test_two_runs_are_byte_identical_also_with_more_decoders(prepared, made):
+    again = prepared.run("again", **{"tokenize.decode_processes": 2})
+    assert content(again) == content(made)
+
+
+def test_a_second_run_makes_nothing_and_changes_nothing(prepared, made, capsys):
+    before, tars = content(made), stamps(made, "*.tar")
+    assert tokenize.main([*prepared.arguments("made"), "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert content(made) == before and stamps(made, "*.tar") == tars
+    assert summary["clips"] == 0 and summary["kept_video_shards"] == summary["kept_text_shards"] == 3
+
+
+def test_a_kill_in_the_middle_costs_only_the_unfinished_shard(prepared, made):
+    blocked = prepared.root / "clips/7.mp4"
+    kept_aside = blocked.rename(prepared.root / "aside.mp4")
+    os.mkfifo(blocked)  # reading it waits for ever: the third chunk is not planned, the second not finished
+    output = prepared.root / "killed"
+    command = [sys.executable, "-m", "grn_scale", "tokenize", *prepared.arguments("killed")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    try:
+        deadline = time.monotonic() + 120
+        wanted = (output / "chunks/video-000000.json", output / ".video-000001.tar.tmp")
+        while not all(path.exists() for path in wanted):
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stderr.close()
+        blocked.unlink()
+        kept_aside.rename(blocked)
+    with pytest.raises(UserError, match="no dataset.json"):
+        Dataset.open(output)
+    tars = stamps(output, "video-*.tar")
+    assert tars.keys() == {"video-000000.tar"}
+    prepared.run("killed")
+    assert stamps(output, "video-000000.tar") == tars
+    assert not list(output.glob(".*.tmp"))
+    assert content(output) == content(made)
+
+
+def test_a_new_caption_touches_no_video_shard_and_only_its_text_shard(prepared, copied):
+    tars = stamps(copied, "*.tar")
+    old = captions_of(copied)
+    lines = [dict(line) for line in prepared.lines]
+    lines[4]["caption"] = "another caption"
+    prepared.run(str(copied), lines)
+    changed = {name for name, stamp in stamps(copied, "*.tar").items() if tars[name] != stamp}
+    assert changed == {"text-000001.tar"}
+    new = captions_of(copied)
+    assert new.keys() == old.keys() and sum(new[key] != old[key] for key in old) == 1
+    assert not list(verify.find_damage(copied))
+
+
+def test_more_lines_leave_finished_shards_alone(prepared, copied):
+    write_clip(prepared.root / "clips/more.mp4", 11)
+    tars = stamps(copied, "*.tar")
+    lines = [*prepared.lines, {"path": "clips/more.mp4", "caption": "more"}, {"path": "clips/0.mp4", "caption": "zero"}]
+    prepared.run(str(copied), lines)
+    changed = {name for name, stamp in stamps(copied, "*.tar").items() if tars.get(name) != stamp}
+    # The last chunk grew; the new one holds only another caption of a clip in the first.
+    assert changed == {"video-000002.tar", "text-000002.tar", "video-000003.tar", "text-000003.tar"}
+    dataset = Dataset.open(copied)
+    assert dataset.shard_sizes == [3, 3, 3]
+    assert sorted(len(keys) for keys in captions_of(copied).values()) == [1] * 8 + [2]
+    assert not list(verify.find_damage(copied))
+
+
+def test_a_clip_that_stands_twice_is_stored_once_with_all_its_captions(prepared):
+    shutil.copy(prepared.root / "clips/0.mp4", prepared.root / "clips/copy.mp4")
+    lines = [{"path": "clips/0.mp4", "caption": "first"}, {"path": "clips/copy.mp4", "caption": "second"},
+             {"path": "clips/1.mp4",
+              "caption": [{"type": "short", "content": "one"}, {"type": "long", "content": "1"}]},
+             {"path": "clips/0.mp4", "caption": "first"}, {"path": "clips/0.mp4", "caption": "third"},
+             {"path": "clips/0.mp4", "caption": "part", "begin_frame": 0, "end_frame": 8}]
+    output = prepared.run("twice", lines)
+    dataset = Dataset.open(output)
+    assert dataset.info.samples == 3
+    rows = [dataset.locate(i) for i in range(3)]
+    assert sorted(tuple(c.type for c in row.captions) for row in rows) == [("",), ("", "", ""), ("short", "long")]
+    assert sorted(row.thw[0] for row in rows) == [2, 3, 3]
+    assert not list(verify.find_damage(output))
+
+
+def test_an_image_has_the_image_tag_only_and_a_class_needs_no_caption(prepared):
+    from PIL import Image
+
+    Image.new("RGB", (40, 40), (200, 30, 30)).save(prepared.root / "clips/red.png")
+    lines = [{"path": "clips/red.png", "caption": "red"}, {"path": "clips/1.mp4", "class_id": 7}]
+    dataset = Dataset.open(prepared.run("images", lines))
+    image, video = sorted((dataset.locate(i) for i in range(2)), key=lambda row: row.thw)
+    assert image.thw == (1, 2, 2) and set(image.captions[0].texts) == {"T2I"} and image.class_id is None
+    assert video.captions == () and video.class_id == 7
+
+
+def test_without_task_tags_all_tasks_share_one_text(prepared):
+    dataset = Dataset.open(prepared.run("untagged", prepared.lines[:2], **{"model.task_tags": "false"}))
+    for row in dataset.rows(0):
+        assert len({ref.key for ref in row.captions[0].texts.values()}) == 1
+    assert not dataset.info.task_tags and sum(s.samples for s in dataset.info.text_shards) == 3
+
+
+def broken_lines(prepared) -> list[dict]:
+    whole = (prepared.root / "clips/3.mp4").read_bytes()
+    (prepared.root / "clips/cut.mp4").write_bytes(whole[: len(whole) // 2])
+    (prepared.root / "clips/noise.mp4").write_bytes(b"no video at all" * 50)
+    return [prepared.lines[0], {"path": "clips/absent.mp4", "caption": "a"},
+            {"path": "clips/noise.mp4", "caption": "b"},
+            {"path": "clips/noise.mp4", "caption": "b again"}, {"path": "clips/cut.mp4", "caption": "c"},
+            {"path": "clips/1.mp4", "caption": "&nbsp;"}, prepared.lines[2]]
+
+
+def test_bad_clips_are_quarantined_with_their_reason_and_the_job_goes_on(prepared, capsys):
+    output = prepared.root / "bad"
+    arguments = prepared.arguments("bad", broken_lines(prepared), **{"tokenize.max_bad_fraction": 0.8})
+    assert tokenize.main([*arguments, "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["samples"] == 2 and summary["duplicate_lines"] == 0
+    entries = [json.loads(line) for line in (output / "quarantine.jsonl").read_text().splitlines()]
+    assert [entry["line"] for entry in entries] == [2, 3, 4, 5, 6]
+    reasons = [entry["reason"] for entry in entries]
+    assert reasons[0] == "missing" and reasons[1] == reasons[2] == "unreadable" and reasons[4] == "empty_caption"
+    assert reasons[3] in ("truncated", "unreadable", "corrupt")
+    assert sum(summary["quarantined"].values()) == 5
+    assert Dataset.open(output).info.samples == 2 and not list(verify.find_damage(output))
+    # A second run knows them without decoding again.
+    assert tokenize.main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["quarantined"] == summary["quarantined"]
+
+
+def test_too_many_bad_clips_stop_the_job_for_good(prepared):
+    output = prepared.root / "too-bad"
+    with pytest.raises(DoNotRequeue, match="max_bad_fraction") as caught:
+        prepared.run("too-bad", broken_lines(prepared), **{"tokenize.max_bad_fraction": 0.3})
+    assert caught.value.exit_code == 78
+    assert "missing" in (output / "quarantine.jsonl").read_text()
+    assert not (output / "dataset.json").exists() and not list(output.glob(".*.tmp"))
+
+
+def test_all_clips_bad_is_an_error_even_where_that_is_allowed(prepared):
+    with pytest.raises(UserError, match="no line of .* gives a sample"):
+        prepared.run("all-bad", broken_lines(prepared)[1:4], **{"tokenize.max_bad_fraction": 1})
+
+
+def test_a_foreign_or_busy_output_and_other_settings_are_refused(prepared, made, tmp_path):
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(UserError, match="not made by `grn-scale tokenize`"):
+        prepared.run(str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    with pytest.raises(UserError, match="is a file"):
+        prepared.run(str(tmp_path / "mine.txt"))
+    before = content(made)
+    with pytest.raises(UserError, match="latent_side 2 -> 4"):
+        prepared.run("made", **{"tokenize.latent_side": 4})
+    with pytest.raises(UserError, match="tokenizer .* -> "):
+        prepared.run("made", **{"tokenizer.path": write_tokenizer(tmp_path / "other.safetensors", seed=1)})
+    import fcntl
+
+    with open(made / "chunks/lock", "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another `grn-scale tokenize`"):
+            prepared.run("made")
+    assert content(made) == before
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"model.latent_channels": 16}, "set model.latent_channels=4"),
+    ({"model.text_hidden_size": 4096}, "set model.text_hidden_size=64"),
+    ({"output": ""}, "output"),
+    ({"text.encoder": ""}, "text.encoder"),
+])
+def test_settings_that_do_not_fit_are_refused_before_anything_is_written(prepared, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        tokenize.main([*prepared.arguments("nothing"), *(f"{key}={value}" for key, value in changes.items())])
+    assert not (prepared.root / "nothing").exists()
+
+
+def test_a_manifest_without_caption_is_refused_by_line(prepared):
+    with pytest.raises(ManifestError, match="clips.jsonl:2.*caption"):
+        prepared.run("nothing", [prepared.lines[0], {"path": "clips/1.mp4"}])
+    assert not (prepared.root / "nothing").exists()
+
+
+def test_a_full_disk_stops_with_one_message_and_the_next_run_goes_on(prepared, made):
+    output = prepared.run("full", prepared.lines[:3])
+    # The temporary name of the second shard leads to /dev/full, where every write fails with ENOSPC.
+    os.symlink("/dev/full", output / ".video-000001.tar.tmp")
+    with pytest.raises(UserError, match="video-000001.tar: no space left"):
+        prepared.run("full")
+    assert not (output / "video-000001.tar").exists() and not list(output.glob(".*.tmp"))
+    prepared.run("full")
+    assert content(output) == content(made)
+
+
+def test_verify_passes_a_sound_dataset_and_decodes_samples(prepared, made, capsys):
+    assert verify.main([str(made)]) == 0
+    assert "sound: 8 samples in 3 video and 3 text shards" in capsys.readouterr().out
+    manifest = write_manifest(prepared.root / "clips.jsonl", prepared.lines)
+    settings = prepared.arguments("made")
+    assert verify.main([str(made), *settings, "--decode", "3", "--manifest", str(manifest), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["sound"] and len(report["decoded"]) == 3
+    for sample in report["decoded"]:
+        assert 0 < sample["psnr_db"] < 60 and len(sample["bit_entropy_by_round"]) == 4
+        assert all(0 <= entropy <= 1 for entropy in sample["bit_entropy_by_round"])
+
+
+def test_verify_names_a_corrupt_byte(copied, capsys):
+    row = Dataset.open(copied).locate(4)
+    flip_byte(copied / "video-000001.tar", row.offset + 1)
+    assert verify.main([str(copied), "--json"]) == 1
+    damage = json.loads(capsys.readouterr().out)["damage"]
+    assert {"where": f"video-000001.tar: sample {row.key}", "what": "its bytes do not match their checksum"} in damage
+    assert {d["where"].split(":")[0] for d in damage} == {"video-000001.tar"}
+
+
+@pytest.mark.parametrize("damage, culprit", [
+    (lambda f: (f / "text-000001.tar").unlink(), "text-000001.tar: cannot be read"),
+    (lambda f: os.truncate(f / "video-000000.tar", 2000), "video-000000.tar: has 2000 bytes"),
+    (lambda f: shutil.copy(f / "video-000000.tar", f / "video-000001.tar"), "video-000001.tar.*not in the index"),
+    (lambda f: (f / "index/video-000002.parquet").unlink(), "video-000002.parquet"),
+    (lambda f: flip_byte(f / "index/text-000000.parquet", 60), "text-000000.parquet"),
+    (lambda f: shutil.copy(f / "index/video-000001.parquet", f / "index/video-000000.parquet"), "another snapshot"),
+    (lambda f: flip_byte(f / "video-000000.tar", 1), "video-000000.tar: its sha256"),
+])
+def test_verify_names_every_kind_of_damage(copied, capsys, damage, culprit):
+    import re
+
+    damage(copied)
+    assert verify.main([str(copied)]) == 1
+    assert re.search(f"damaged: .*{culprit}", capsys.readouterr().out)
+
+
+def test_tokenize_mends_what_verify_named_once_the_shard_is_removed(prepared, made, copied):
+    (copied / "video-000001.tar").unlink()
+    flip_byte(copied / "index/text-000002.parquet", 60)
+    flip_byte(copied / "index/video-000000.parquet", 60)
+    (copied / "text-000000.tar").unlink()
+    prepared.run(str(copied))
+    assert content(copied) == content(made)
+
+
+def test_verify_with_another_tokenizer_or_manifest_is_refused(prepared, made, tmp_path):
+    other = write_tokenizer(tmp_path / "other.safetensors", seed=1)
+    with pytest.raises(UserError, match="mean nothing to another"):
+        verify.main([str(made), f"tokenizer.path={other}", "--decode", "1"])
+    manifest = write_manifest(prepared.root / "short.jsonl", prepared.lines[7:])
+    with pytest.raises(UserError, match="no line of .*short.jsonl is sample"):
+        verify.main([str(made), *prepared.arguments("made"), "--decode", "1", "--manifest", str(manifest)])
+    with pytest.raises(ConfigError, match="add --decode"):
+        verify.main([str(made), "--manifest", str(manifest)])
+    with pytest.raises(ConfigError, match="no dataset"):
+        verify.main([])

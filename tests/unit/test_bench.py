@@ -1,0 +1,96 @@
+"""The benchmarks run on tiny inputs and say what they were measured on; no time is ever asserted."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from grn_scale.config import load_config
+from grn_scale.errors import ConfigError
+from grn_scale.perf import bench
+from grn_scale.perf.measure import peak_memory, repeat, spread
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ["model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "model.ffn_hidden_size=64",
+        "model.text_hidden_size=8", "data.token_budget=128", "train.precision=fp32"]
+
+
+def tiny_config(*overrides):
+    return load_config(ROOT / "configs/runs/demo.yaml", [*TINY, *overrides])
+
+
+def check_surroundings(report):
+    assert report["hardware"]["cores"] >= 1 and report["hardware"]["memory_bytes"] > 0 and report["hardware"]["cpu"]
+    assert report["versions"]["torch"] and report["versions"]["python"] and "T" in report["date"]
+    assert report["peak_memory"]["process_bytes"] > 0
+    assert report["config"]["data"]["token_budget"] == 128
+    json.dumps(report, allow_nan=False)
+
+
+def test_data_benchmark_reads_a_dataset_it_has_written():
+    report = bench.measure("data", tiny_config(), clips=1, samples=40, repeats=2)
+    check_surroundings(report)
+    results = report["results"]
+    assert results["synthetic"] and results["samples"] == 40 and results["payload_bytes"] == 40 * 12 * 64 // 8
+    for reading in ("cold", "warm"):
+        assert results[reading]["samples_per_second"]["repeats"] == 2
+        assert results[reading]["megabytes_per_second"]["median"] > 0
+    assert results["pack_loader"]["tokens_per_second"]["median"] > 0
+
+
+def test_tokenize_benchmark_measures_decoding_and_encoding_apart(tmp_path):
+    config = tiny_config(f"tokenizer.path={random_tokenizer(tmp_path)}", "tokenize.decode_processes=1",
+                         "tokenize.batch_clips=2")
+    report = bench.measure("tokenize", config, clips=3, samples=1, repeats=2)
+    check_surroundings(report)
+    results = report["results"]
+    assert (results["clips"], results["frames"], results["undecodable_clips"]) == (3, 27, 0)
+    assert results["frame_shape"] == [32, 32, 3] and results["encode_batch_clips"] == 2
+    assert results["decode_frames_per_second"]["median"] > 0 and results["encode_frames_per_second"]["median"] > 0
+
+
+def test_train_benchmark_prints_json_alone_on_stdout():
+    done = subprocess.run([sys.executable, "-m", "grn_scale", "bench", "train", "--repeats", "2", "--json", *TINY],
+                          cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    check_surroundings(report)
+    results = report["results"]
+    assert results["processes"] == 1 and results["tokens_per_step"] == 2 * 5 * 22
+    for kind in ("engine", "plain_torch"):
+        assert results[kind]["step_seconds"]["repeats"] == 2 and results[kind]["tokens_per_second"]["median"] > 0
+
+
+def test_clip_that_fits_no_pack_is_refused_with_the_budget_that_would_do():
+    with pytest.raises(ConfigError, match="data.token_budget=256 or more"):
+        bench.measure("train", tiny_config("tokenize.latent_side=8"), clips=1, samples=1, repeats=1)
+
+
+@pytest.mark.parametrize(("argv", "words"), [
+    (["tokenise"], "did you mean tokenize?"),
+    (["data", "--repeats", "0"], "must be at least 1"),
+    (["--cips", "3"], "did you mean --clips?"),
+])
+def test_bad_usage_is_refused(argv, words):
+    with pytest.raises(ConfigError) as caught:
+        bench.main(argv)
+    assert words in str(caught.value)
+
+
+def test_spread_tells_the_median_and_the_extremes():
+    assert spread([3.0, 1.0, 2.00004]) == {"median": 2.0, "min": 1.0, "max": 3.0, "repeats": 3}
+    assert len(repeat(lambda: None, 4, warmup=2)) == 4
+    assert peak_memory()["process_bytes"] > 1 << 20
+
+
+def random_tokenizer(folder):
+    """File of a small untrained tokenizer with the demo's 16 latent channels."""
+    from safetensors.torch import save_file
+
+    from grn_scale.tokenizer.video import VideoTokenizer, VideoTokenizerShape
+
+    path = folder / "tokenizer.safetensors"
+    save_file(VideoTokenizer(VideoTokenizerShape(8, 8, 16)).state_dict(), path)
+    return path

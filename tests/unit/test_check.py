@@ -1,0 +1,105 @@
+"""Rules between sections: what fits starts, what does not is refused with the nearest value that would."""
+
+import pytest
+
+from grn_scale.config import load_config
+from grn_scale.config.check import check_layout, check_set, check_training
+from grn_scale.data.schema import DatasetInfo, TextRef
+from grn_scale.errors import ConfigError
+
+DATASET = DatasetInfo(
+    format_version=1, tokenizer_fingerprint="t", latent_channels=16, rounds=4, text_fingerprint="e",
+    text_hidden_size=64, task_tags=True, empty_text=TextRef("k", 2), fps=8.0, samples=10, tokens=100, video_shards=(),
+    text_shards=(), snapshot="s")
+
+
+def tiny(*overrides):
+    return load_config(None, ["model=model/grn_tiny.yaml", *overrides])
+
+
+def refusal(config, world):
+    with pytest.raises(ConfigError) as caught:
+        check_layout(config, world)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("overrides", "world"), [
+    ((), 1),
+    (("data.packs_per_step=6",), 3),
+    (("parallel.tensor=2",), 2),
+    (("parallel.tensor=4", "parallel.sequence=false", "data.packs_per_step=2"), 8),
+    (("parallel.pipeline=3", "parallel.virtual_pipeline=2", "data.packs_per_step=6"), 6),
+    (("parallel.pipeline=2", "parallel.tensor=2", "data.packs_per_step=1"), 4),
+    (("zero.stage=0", "train.precision=fp32"), 1),
+])
+def test_layout_that_fits_is_accepted(overrides, world):
+    check_layout(tiny(*overrides), world)
+
+
+@pytest.mark.parametrize(("overrides", "world", "words"), [
+    (("parallel.tensor=3",), 3, ("must divide model.num_heads (4)", "parallel.tensor=2 is the nearest")),
+    (("parallel.tensor=8",), 8, ("must divide model.num_heads (4)", "parallel.tensor=4 is the nearest")),
+    (("parallel.tensor=4", "model.ffn_hidden_size=770"), 4, ("model.ffn_hidden_size (770)", "parallel.tensor=2")),
+    (("parallel.tensor=4", "model.latent_channels=10", "model.rounds=1"), 4,
+     ("the labels of a token (model.latent_channels x rounds) (10)", "parallel.tensor=2")),
+    (("model.ffn_hidden_size=768", "model.latent_channels=3", "model.hidden_size=192", "model.num_heads=6",
+      "parallel.tensor=3", "data.token_budget=1024"), 3, ("data.token_budget=1152 is the nearest",)),
+    (("parallel.pipeline=4", "data.packs_per_step=4"), 4, ("4 x 1", "model.num_layers (6)", "parallel.pipeline=3")),
+    (("parallel.pipeline=2", "parallel.virtual_pipeline=2", "data.packs_per_step=2"), 2,
+     ("2 x 2", "parallel.virtual_pipeline=1 is the nearest")),
+    (("parallel.virtual_pipeline=2",), 1, ("nothing to interleave",)),
+    (("parallel.tensor=2",), 3, ("the job has 3 processes", "start 2 processes")),
+    (("parallel.tensor=2", "parallel.pipeline=2"), 2, ("start 4 processes",)),
+    (("data.packs_per_step=6",), 4, ("a multiple of the 4 data-parallel ranks", "data.packs_per_step=4 is the")),
+    (("data.packs_per_step=1",), 2, ("data.packs_per_step=2 is the nearest",)),
+    (("parallel.pipeline=2", "parallel.virtual_pipeline=3", "data.packs_per_step=6"), 4,
+     ("3 for each of 2 data-parallel ranks", "data.packs_per_step=4 is the nearest")),
+    (("zero.stage=0",), 1, ("zero.stage=1, or train.precision=fp32",)),
+])
+def test_layout_that_does_not_fit_names_rule_and_nearest_value(overrides, world, words):
+    message = refusal(tiny(*overrides), world)
+    for word in words:
+        assert word in message
+
+
+def test_all_broken_rules_are_told_at_once():
+    message = refusal(tiny("parallel.tensor=3", "parallel.pipeline=4", "zero.stage=0"), 12)
+    assert all(word in message for word in ("model.num_heads", "model.num_layers", "zero.stage"))
+
+
+@pytest.mark.parametrize("world", range(1, 9))
+def test_the_named_remedy_is_accepted_when_it_is_followed(world):
+    for tensor in range(1, 9):
+        for pipeline in range(1, 5):
+            overrides = [f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}", "data.packs_per_step=12"]
+            for _ in range(6):
+                try:
+                    check_layout(tiny(*overrides), world)
+                    break
+                except ConfigError as error:
+                    words = str(error).splitlines()[0].split()
+                    found = [word.rstrip(":,") for word in words if "=" in word and "." in word.split("=")[0]]
+                    if not found:
+                        world = int(str(error).split("start ")[1].split()[0])
+                    overrides += found
+            else:
+                pytest.fail(f"no end of remedies: {overrides} on {world}")
+
+
+@pytest.mark.parametrize(("override", "words"), [
+    ("model.rounds=3", "set model.rounds=4"), ("model.latent_channels=64", "set model.latent_channels=16"),
+    ("model.text_hidden_size=4096", "set model.text_hidden_size=64"),
+    ("model.task_tags=false", "set model.task_tags=true"),
+])
+def test_model_of_another_dataset_is_refused(override, words):
+    check_training(tiny(), DATASET)
+    with pytest.raises(ConfigError, match=words):
+        check_training(tiny(override, "data.dataset=tokens"), DATASET)
+
+
+def test_field_left_empty_is_named():
+    config = tiny("output=runs/a")
+    check_set(config, "output")
+    with pytest.raises(ConfigError, match="data.dataset is not set: give data.dataset=VALUE"):
+        check_set(config, "output", "data.dataset")
