@@ -9,8 +9,8 @@ often the detector finds the asked colour and the asked direction; chance is 1/6
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import logging
 import sys
 import time
 from collections import Counter
@@ -24,23 +24,21 @@ import torch
 
 from grn_scale.command_line import CommandParser, run, start_logging
 from grn_scale.config.check import check_set
-from grn_scale.config.schema import Config, ModelConfig
+from grn_scale.config.schema import Config
 from grn_scale.data.atomic import write_bytes, write_json
 from grn_scale.data.buckets import bucket, latent_frames
 from grn_scale.demo import shapes
 from grn_scale.demo.detector import Detection, detect
 from grn_scale.demo.shapes import Attributes
 from grn_scale.errors import ConfigError
-from grn_scale.model.transformer import GRN
 from grn_scale.sampling import Condition, SamplingSettings, generate
 from grn_scale.sampling.pictures import contact_sheet, png_bytes
-from grn_scale.sampling.source import open_model
+from grn_scale.sampling.source import TrainedModel, open_model
 from grn_scale.sampling.video import decode_clips
 from grn_scale.tokenizer import load_tokenizer
 from grn_scale.tokenizer.text import TextEncoder, load_text_encoder, tagged_caption
 from grn_scale.tokenizer.video import VideoTokenizer
 
-log = logging.getLogger(__name__)
 RESULT = "accuracy.json"
 SHEET = "contact_sheet.png"
 BATCH_CLIPS = 64
@@ -81,28 +79,22 @@ def _share(right: Sequence[bool]) -> dict[str, float]:
 class Sampler:
     """All that turns captions into clips of the shape the configuration tokenizes."""
 
-    model: GRN
+    trained: TrainedModel
     tokenizer: VideoTokenizer
     encoder: TextEncoder
     config: Config
 
     def __call__(self, captions: Sequence[str], first_draw: int) -> Iterator[np.ndarray]:
         """uint8 frames [T, height, width, 3] of each caption; clip b is sample number first_draw + b of the seed."""
-        settings, model = self.config.tokenize, self.model.config
+        settings, model = self.config.tokenize, self.trained.model.config
         square = bucket(1.0, settings.latent_side)
         thw = (latent_frames(settings.max_frames), *square.grid)
         task = "T2V" if thw[0] > 1 else "T2I"
         *texts, empty = self.encoder.encode([*(tagged_caption(c, task, model.task_tags) for c in captions), ""])
-        generated = generate(self.model, [Condition(text, empty, thw, square.ratio_key) for text in texts],
-                             sampling_settings(self.config, model), seed=self.config.seed, first_draw=first_draw)
+        sampler = SamplingSettings(**dataclasses.asdict(self.config.sampling), end_fraction=model.end_fraction)
+        generated = generate(self.trained.model, [Condition(text, empty, thw, square.ratio_key) for text in texts], sampler,
+                             seed=self.config.seed, first_draw=first_draw)
         return decode_clips(self.tokenizer, generated.labels, model)
-
-
-def sampling_settings(config: Config, model: ModelConfig) -> SamplingSettings:
-    """The configured sampler, with the end fraction that belongs to the model."""
-    s = config.sampling
-    return SamplingSettings(steps=s.steps, tmax=s.tmax, guidance=s.guidance, guidance_start=s.guidance_start,
-                            temperature=s.temperature, shift=s.shift, end_fraction=model.end_fraction)
 
 
 def sample_and_detect(make: Callable[[Sequence[str], int], Iterable[np.ndarray]], asked: Sequence[Attributes],
@@ -124,7 +116,8 @@ def sample_and_detect(make: Callable[[Sequence[str], int], Iterable[np.ndarray]]
 def load_sampler(config: Config, run_folder: str, raw: bool) -> Sampler:
     """The newest checkpoint of a run with the tokenizer and text encoder it was trained behind.
 
-    The moving average of the weights unless `raw`. UserError where one cannot be read, or is not what the run used.
+    The moving average of the weights unless `raw`, in train.precision. UserError where something cannot be read, or
+    is not what the run used.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     trained = open_model(run_folder, raw=raw)
@@ -132,7 +125,8 @@ def load_sampler(config: Config, run_folder: str, raw: bool) -> Sampler:
     trained.check_fingerprint("tokenizer", "tokenizer.path", tokenizer.fingerprint)
     encoder = load_text_encoder(config.text.encoder, config.text.max_tokens, device)
     trained.check_fingerprint("text", "text.encoder", encoder.fingerprint)
-    return Sampler(trained.model.to(device), tokenizer, encoder, config)
+    trained.model.to(device, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
+    return Sampler(trained, tokenizer, encoder, config)
 
 
 def _label(asked: Attributes, seen: Detection) -> str:
@@ -148,7 +142,7 @@ def main(argv: list[str]) -> int:
                            "python -m grn_scale.demo.accuracy --config configs/runs/demo.yaml --run runs/first "
                            "text.encoder=text_encoder/ output=accuracy/")
     parser.add_argument("--run", required=True, metavar="FOLDER", help="run folder, or one checkpoint in it")
-    parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="moving average (default), or as trained")
+    parser.add_argument("--raw", action="store_true", help="the trained weights, not their moving average")
     parser.add_argument("--prompts", type=int, metavar="N", help="the first N held-out combinations (default: all 128)")
     parser.add_argument("--seeds", type=int, default=4, metavar="N", help="clips of each prompt (default: 4)")
     config, options = parser.parse_command(argv)
@@ -156,13 +150,15 @@ def main(argv: list[str]) -> int:
     if options.seeds < 1 or (options.prompts is not None and options.prompts < 1):
         raise ConfigError("--prompts and --seeds must be at least 1")
     start_logging()
-    sampler = load_sampler(config, options.run, options.weights == "raw")
+    sampler = load_sampler(config, options.run, options.raw)
     chosen = prompts(options.prompts)
     asked = chosen * options.seeds
     begin = time.perf_counter()
     results = list(sample_and_detect(sampler, asked))
-    result = {"run": options.run, "weights": options.weights, "prompts": len(chosen), "seeds": options.seeds,
-              "seconds": round(time.perf_counter() - begin, 2), **score(asked, [seen for _, seen in results])}
+    result = {"checkpoint": str(sampler.trained.checkpoint), "weights": sampler.trained.weights,
+              "sampling": dataclasses.asdict(config.sampling), "seed": config.seed, "prompts": len(chosen),
+              "seeds": options.seeds, "seconds": round(time.perf_counter() - begin, 2),
+              **score(asked, [seen for _, seen in results])}
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     sheet = contact_sheet([clip for clip, _ in results[:SHEET_PROMPTS]],

@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
                            "configuration.", "grn-scale demo --output demo_out train.steps=800")
     parser.set_defaults(config=DEFAULT_CONFIG)
     parser.add_argument("--output", default="demo_out", metavar="DIR", help="folder for everything (default: demo_out)")
-    parser.add_argument("--clips", type=int, default=6400, metavar="N", help="training clips to make (default: 6400)")
+    parser.add_argument("--clips", type=int, default=5120, metavar="N", help="training clips to make (default: 5120)")
     parser.add_argument("--processes", type=int, default=2, metavar="N", help="training processes (default: 2)")
     parser.add_argument("--prompts", type=int, default=128, metavar="N",
                         help="held-out prompts that the conditional accuracy is measured on (default: all 128)")
@@ -64,11 +64,11 @@ def demo(config: Config, config_file: str, overrides: list[str], out: Path, *, c
     configured = ["--config", config_file, *overrides, f"text.encoder={encoder}"]
 
     stages.run("clips", [
-        *python, "grn_scale.demo.clips", "--output", media, "--clips", str(clips), "--side",
+        *python, "grn_scale.demo.prepare", "clips", "--output", media, "--clips", str(clips), "--side",
         str(16 * config.tokenize.latent_side), "--frames", str(config.tokenize.max_frames)], makes=media / "train.jsonl")
     stages.run("text encoder", [
-        *python, "grn_scale.demo.text_encoder", "--manifest", media / "train.jsonl", "--output", encoder],
-        makes=encoder / "config.json")
+        *python, "grn_scale.demo.prepare", "text-encoder", "--manifest", media / "train.jsonl", "--output", encoder],
+        makes=encoder / "config.json", new_folder=encoder)
     stages.run("manifest", [*grn_scale, "manifest", "validate", media / "train.jsonl"], makes=media / "train.jsonl")
     stages.run("tokenize", [
         *grn_scale, "tokenize", *configured, f"data.manifest={media / 'train.jsonl'}", f"output={tokens}"],
@@ -81,10 +81,15 @@ def demo(config: Config, config_file: str, overrides: list[str], out: Path, *, c
         *python, "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "grn_scale", "train",
         *configured, f"data.dataset={tokens}", f"output={trained}", "--resume", "auto"],
         makes=trained / f"step-{config.train.steps:08d}")
-    captions = [json.loads(line)["caption"] for line in (media / "held_out.jsonl").read_text("utf-8").splitlines()]
-    stages.run("sample", [
-        *grn_scale, "sample", *configured, "--run", trained, *(f"--prompt={c}" for c in captions[:T2V_PROMPTS]),
-        f"output={samples / 't2v'}"], makes=samples / "t2v")
+    held_out = [json.loads(line) for line in (media / "held_out.jsonl").read_text(encoding="utf-8").splitlines()]
+    sample = [*grn_scale, "sample", *configured, "--run", trained]
+    stages.run("sample videos", [
+        *sample, *(f"--prompt={clip['caption']}" for clip in held_out[:T2V_PROMPTS]), f"output={samples / 'text'}"],
+        makes=samples / "text" / "samples.json", new_folder=samples / "text")
+    stages.run("continue a picture", [
+        *sample, f"--prompt={held_out[0]['caption']}", "--first-frame", media / held_out[0]["path"],
+        f"output={samples / 'picture'}"],
+        makes=samples / "picture" / "samples.json", new_folder=samples / "picture")
     stages.run("accuracy", [
         *python, "grn_scale.demo.accuracy", *configured, "--run", trained, "--prompts", str(prompts), "--seeds",
         str(seeds), f"output={measured}"], makes=measured / "accuracy.json")

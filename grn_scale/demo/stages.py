@@ -49,9 +49,10 @@ class Stages:
         """Of finished stages by name: command, seconds."""
         self._later_ones_too = False
 
-    def run(self, name: str, command: Sequence[str | Path], makes: Path) -> None:
+    def run(self, name: str, command: Sequence[str | Path], makes: Path, new_folder: Path | None = None) -> None:
         """Run `command` unless it has made `makes` before, from stages that have not been run again since.
 
+        new_folder: a folder that the command wants to make itself; what an earlier run left there is renamed.
         Raises StageFailed where it fails, or does not leave `makes` behind.
         """
         command = [str(part) for part in command]
@@ -62,6 +63,8 @@ class Stages:
             return
         self._later_ones_too = True
         self._write({key: value for key, value in self.records.items() if key != name})
+        if new_folder:
+            _set_aside(new_folder)
         print(f"\n== {name}\n$ {line}", flush=True)
         begin = time.perf_counter()
         code = _call(command)
@@ -93,6 +96,15 @@ def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
     if changed:
         raise ConfigError(f"--output: {folder} was made with other settings ({'; '.join(changed)}); give a new folder, "
                           "or the settings as they were")
+
+
+def _set_aside(folder: Path) -> None:
+    if not folder.exists():
+        return
+    number = 1
+    while (old := folder.with_name(f"{folder.name}.old{number}")).exists():
+        number += 1
+    folder.rename(old)
 
 
 def _read(path: Path) -> dict[str, Any]:

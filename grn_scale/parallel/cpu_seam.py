@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -54,8 +55,14 @@ def install() -> None:
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
 
 
+def quiet_warnings() -> None:
+    """No warnings about accelerators that are optional, or about the names torch's collectives will have one day."""
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+
+
 def quiet_deepspeed() -> None:
-    """DeepSpeed's log to stderr and warnings only (stdout is the result); no just-in-time compilation."""
+    """DeepSpeed's log to stderr, from warnings on (stdout is the result), without just-in-time compilation."""
     import deepspeed.ops
     from deepspeed.utils import logger
 

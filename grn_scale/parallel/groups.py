@@ -14,6 +14,7 @@ from grn_scale.parallel import cpu_seam
 
 def start(parallel: ParallelConfig, timeout_seconds: float = 600.0) -> torch.device:
     """Join the job: process groups and megatron's parallel state. Returns this process's device."""
+    cpu_seam.quiet_warnings()
     cpu_seam.install()
     cpu_seam.quiet_deepspeed()
     from megatron.core import parallel_state

@@ -25,7 +25,7 @@ import torch
 from grn_scale.command_line import CommandParser, run, start_logging
 from grn_scale.config.check import check_set
 from grn_scale.config.load import apply_overrides, build, to_dict
-from grn_scale.config.schema import Config
+from grn_scale.config.schema import Config, ModelConfig
 from grn_scale.data.atomic import write_bytes, write_json
 from grn_scale.data.buckets import CELL_PIXELS, choose_bucket, latent_frames, nearest_ratio_key, whole_groups
 from grn_scale.data.decode import DecodeError, DecodeRequest, decode_clip
@@ -34,7 +34,7 @@ from grn_scale.sampling.condition import Condition, SamplingSettings
 from grn_scale.sampling.film import Film
 from grn_scale.sampling.pictures import png_bytes
 from grn_scale.sampling.sampler import StepMaps, generate
-from grn_scale.sampling.source import TrainedModel, open_model
+from grn_scale.sampling.source import Source, open_source
 from grn_scale.sampling.video import decode_clips, encode_first_frame, encode_mp4
 from grn_scale.tokenizer import load_tokenizer
 from grn_scale.tokenizer.text import TextEncoder, clean_caption, load_text_encoder, tagged_caption
@@ -58,6 +58,8 @@ class Request:
     size: tuple[int, int] | None
     """Height and width in pixels."""
     first_frame: str | None
+    raw: bool
+    """The trained weights, not their moving average."""
 
     @property
     def task(self) -> str:
@@ -80,12 +82,11 @@ def main(argv: list[str]) -> int:
     parser = _parser()
     config, options = parser.parse_command(argv)
     start_logging()
-    trained = open_model(options.run, raw=options.raw)
+    source = open_source(options.run)
     if options.config is None:
-        config = _run_config(trained, options.overrides)
+        config = _run_config(source, options.overrides)
     check_set(config, "output", "text.encoder")
-    request = _request(options, config)
-    summary = sample(trained, config, request)
+    summary = sample(source, config, _request(options, config))
     print(json.dumps(summary, indent=1) if options.json else _table(summary, Path(config.output)))
     return 0
 
@@ -108,9 +109,11 @@ def _parser() -> CommandParser:
     return parser
 
 
-def _run_config(trained: TrainedModel, overrides: Sequence[str]) -> Config:
+def _run_config(source: Source, overrides: Sequence[str]) -> Config:
     """The configuration the model was trained with, the overrides on top; where to write is not taken from it."""
-    values = {**trained.state["config"], "output": ""}
+    if "config" not in source.state:
+        raise ConfigError(f"{source.checkpoint} carries no configuration; give --config FILE")
+    values = {**source.state["config"], "output": ""}
     return build(Config, apply_overrides(values, overrides, Config, Path.cwd()))
 
 
@@ -132,7 +135,8 @@ def _request(options: argparse.Namespace, config: Config) -> Request:
                           "would do")
     if options.first_frame and frames == 1:
         raise ConfigError("--first-frame is given, but --frames 1 leaves nothing to sample; 5 is the fewest")
-    return Request(tuple(prompts), options.negative, options.count, frames, _size(options.size), options.first_frame)
+    return Request(tuple(prompts), options.negative, options.count, frames, _size(options.size), options.first_frame,
+                   options.raw)
 
 
 def _size(text: str | None) -> tuple[int, int] | None:
@@ -148,7 +152,7 @@ def _size(text: str | None) -> tuple[int, int] | None:
     return height, width
 
 
-def sample(trained: TrainedModel, config: Config, request: Request) -> dict[str, Any]:
+def sample(source: Source, config: Config, request: Request) -> dict[str, Any]:
     """Sample what is asked for into the folder config.output; the content of samples.json.
 
     Raises UserError where the folder holds samples already, or tokenizer or text encoder are not those the model was
@@ -159,9 +163,10 @@ def sample(trained: TrainedModel, config: Config, request: Request) -> dict[str,
         raise UserError(f"output: {folder} holds samples already; give another folder")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(config.tokenizer.path).to(device)
-    trained.check_fingerprint("tokenizer", "tokenizer.path", tokenizer.fingerprint)
+    source.check_fingerprint("tokenizer", "tokenizer.path", tokenizer.fingerprint)
     encoder = load_text_encoder(config.text.encoder, config.text.max_tokens, device)
-    trained.check_fingerprint("text", "text.encoder", encoder.fingerprint)
+    source.check_fingerprint("text", "text.encoder", encoder.fingerprint)
+    trained = source.load(raw=request.raw)
     model = trained.model.to(device, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
     settings = SamplingSettings(**dataclasses.asdict(config.sampling), end_fraction=model.config.end_fraction)
     if settings.steps < settings.tmax - 1:
@@ -174,7 +179,7 @@ def sample(trained: TrainedModel, config: Config, request: Request) -> dict[str,
         raise UserError(f"output: cannot make {folder}: {error.strerror}") from error
 
     texts = _texts(request, model.config.task_tags)
-    conditions = _conditions(request, canvas, texts, encoder, tokenizer, trained)
+    conditions = _conditions(request, canvas, texts, encoder, tokenizer, model.config)
     film = Film(0, settings.steps)
     with _bar("sampling", settings.steps * len(conditions)) as advance:
         def observe(maps: StepMaps) -> None:
@@ -182,7 +187,7 @@ def sample(trained: TrainedModel, config: Config, request: Request) -> dict[str,
             advance(sum(settings.steps - maps.step if n in maps.ended else 1 for n in maps.samples))
         result = generate(model, conditions, settings, seed=config.seed, observe=observe)
 
-    fps = trained.fps or config.tokenize.fps
+    fps = source.fps or config.tokenize.fps
     files = []
     with _bar("writing", len(conditions)) as advance:
         for n, frames in enumerate(decode_clips(tokenizer, result.labels, model.config)):
@@ -190,7 +195,7 @@ def sample(trained: TrainedModel, config: Config, request: Request) -> dict[str,
             advance(1)
     write_bytes(folder / FILM_STRIP, png_bytes(film.strip(tokenizer, model.config, texts[0][1] or "(empty prompt)")))
     summary = {
-        "checkpoint": str(trained.checkpoint), "step": trained.state.get("step"), "weights": trained.weights,
+        "checkpoint": str(source.checkpoint), "step": source.state.get("step"), "weights": trained.weights,
         "precision": config.train.precision, "device": str(device), "seed": config.seed,
         "settings": dataclasses.asdict(settings), "tokenizer_fingerprint": tokenizer.fingerprint,
         "text_fingerprint": encoder.fingerprint, "model": to_dict(model.config), "task": request.task,
@@ -225,8 +230,7 @@ def _canvas(request: Request, config: Config) -> Canvas:
 
 
 def _conditions(request: Request, canvas: Canvas, texts: Sequence[tuple[str, str]], encoder: TextEncoder,
-                tokenizer: VideoTokenizer, trained: TrainedModel) -> list[Condition]:
-    config = trained.model.config
+                tokenizer: VideoTokenizer, config: ModelConfig) -> list[Condition]:
     # A negative text has the tag too: in training the network never saw a text without it, but the empty one.
     negative = tagged_caption(clean_caption(request.negative), request.task, config.task_tags)
     negative_states, *states = encoder.encode([negative, *(text for _, text in texts)])

@@ -1,4 +1,4 @@
-"""The model a checkpoint holds, and whether a tokenizer and a text encoder are those it was trained with."""
+"""A checkpoint to sample from: its model, and whether tokenizer and text encoder are those it was trained with."""
 
 from __future__ import annotations
 
@@ -16,44 +16,56 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class TrainedModel:
-    """A model read from a checkpoint, fp32 on the CPU."""
+class Source:
+    """A complete checkpoint. Made by `open_source`, which reads its JSON files only."""
 
-    model: GRN
     checkpoint: Path
     """The step folder."""
-    weights: str
-    """ema or raw."""
     state: dict[str, Any]
-    """What the training saved beside the weights."""
+    """What the training saved beside the tensors."""
 
     @property
     def fps(self) -> float | None:
-        """Frames a second of the clips it was trained on, where the checkpoint says."""
+        """Frames a second of the clips that it was trained on, where the checkpoint says."""
         return self.state.get("dataset", {}).get("fps")
+
+    def load(self, *, raw: bool) -> TrainedModel:
+        """The model of the checkpoint: the moving average of its weights where there is one, unless `raw`."""
+        ema = not raw and (self.checkpoint / "ema").is_dir()
+        if not ema and not raw:
+            log.info("%s keeps no moving average: sampling from the raw weights", self.checkpoint)
+        return TrainedModel(self.checkpoint, self.state, load_model(self.checkpoint, ema=ema), "ema" if ema else "raw")
 
     def check_fingerprint(self, part: str, field: str, fingerprint: str) -> None:
         """UserError unless `part` (tokenizer, text), which the config's `field` names, is the training data's."""
         trained = self.state.get("dataset", {}).get(f"{part}_fingerprint")
         if trained is None:
-            log.warning("%s does not say which %s its training data was made with: that %s fits is not checked",
-                        self.checkpoint, field, field)
+            log.warning("%s does not say which %s its training data was made with, so nobody can tell whether this one fits",
+                        self.checkpoint, field)
         elif trained != fingerprint:
-            raise UserError(f"{field}: its fingerprint is {fingerprint[:16]}, but {self.checkpoint} was trained on data made "
-                            f"with {trained[:16]}; give the {field} that the dataset was tokenized with")
+            raise UserError(f"{field} has fingerprint {fingerprint[:16]}, but {self.checkpoint} was trained on data made with "
+                            f"{trained[:16]}; give the {field} that its dataset was tokenized with")
 
 
-def open_model(path: str | Path, *, raw: bool) -> TrainedModel:
-    """Model of a step folder, or of a run folder's newest complete checkpoint.
+@dataclass(frozen=True)
+class TrainedModel(Source):
+    """A checkpoint with its model."""
 
-    The moving average of the weights is taken where there is one, unless `raw`. UserError where there is no
-    checkpoint or it does not fit.
-    """
+    model: GRN
+    """fp32 on the CPU."""
+    weights: str
+    """ema or raw."""
+
+
+def open_source(path: str | Path) -> Source:
+    """The checkpoint of a step folder, or of a run folder (its newest complete one); UserError where there is none."""
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"--run: there is no folder {path}; give a run folder or one of its step folders")
     checkpoint = find_checkpoint(path)
-    ema = not raw and (checkpoint / "ema").is_dir()
-    if not ema and not raw:
-        log.info("%s keeps no moving average: sampling from the raw weights", checkpoint)
-    return TrainedModel(load_model(checkpoint, ema=ema), checkpoint, "ema" if ema else "raw", read_state(checkpoint))
+    return Source(checkpoint, read_state(checkpoint))
+
+
+def open_model(path: str | Path, *, raw: bool) -> TrainedModel:
+    """The model of a step folder or a run folder (see `open_source` and `Source.load`)."""
+    return open_source(path).load(raw=raw)

@@ -1,0 +1,92 @@
+"""`grn-scale train` as users run it: from shards to a checkpoint, killed, resumed, refused."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from grn_scale.checkpoint import load_weights
+from grn_scale.train.metrics import read_metrics
+from tests.helpers.jobs import ENVIRONMENT, command, grn_scale, train_arguments, write_dataset
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("dataset"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(dataset: Path, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "undisturbed"
+    grn_scale(*train_arguments(dataset, output))
+    return output
+
+
+def same_state(a: Path, b: Path) -> bool:
+    return all(torch.equal(value, load_weights(b, ema=ema)[name])
+               for ema in (False, True) for name, value in load_weights(a, ema=ema).items())
+
+
+def test_a_run_leaves_metrics_configuration_and_checkpoints(undisturbed: Path) -> None:
+    rows = read_metrics(undisturbed / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(9))
+    assert rows[0]["validation_loss"] == pytest.approx(0.693, abs=0.01), "two equally likely classes before training"
+    assert rows[8]["loss"] < rows[1]["loss"] and rows[8]["validation_loss"] < rows[0]["validation_loss"]
+    for key in ("tokens_per_second", "data_wait_seconds", "forward_backward_seconds", "optimizer_seconds"):
+        assert rows[1][key] > 0
+    assert len(rows[1]["loss_by_noise"]) == len(rows[1]["bit_accuracy_by_noise"]) == 10
+    assert "mfu" not in rows[1], "the peak of a CPU is not known"
+    assert sorted(p.name for p in undisturbed.glob("step-*")) == ["step-00000004", "step-00000008"]
+    state = json.loads((undisturbed / "step-00000008/state.json").read_text())
+    assert state["step"] == state["updates"] == 8 and state["samples_seen"] > 0
+    assert not any(path.suffix in (".pt", ".pkl", ".pth") for path in undisturbed.rglob("*"))
+
+
+def test_resuming_after_a_kill_equals_the_undisturbed_run_bit_for_bit(dataset, undisturbed, tmp_path) -> None:
+    output = tmp_path / "run"
+    job = subprocess.Popen(command(*train_arguments(dataset, output)), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    while not (output / "step-00000004/COMPLETE").exists():
+        assert job.poll() is None and time.sleep(0.02) is None
+    job.send_signal(signal.SIGKILL)
+    job.wait()
+    for found in output.glob("step-00000008*"):  # it may have come that far
+        found.rename(tmp_path / "later")
+    done = grn_scale(*train_arguments(dataset, output, "--resume", "must"))
+    assert "step 4" in done.stderr and "samples seen" in done.stderr
+    assert same_state(undisturbed, output)
+    losses = [[row.get("loss") for row in read_metrics(run / "metrics.jsonl")] for run in (undisturbed, output)]
+    assert losses[0] == losses[1]
+
+
+def test_two_processes_with_tensor_parallelism_train_and_resume_the_same_in_bf16(dataset, tmp_path) -> None:
+    settings = ("parallel.tensor=2", "train.precision=bf16")
+    grn_scale(*train_arguments(dataset, tmp_path / "a", *settings), processes=2)
+    grn_scale(*train_arguments(dataset, tmp_path / "b", *settings, "train.steps=4"), processes=2)
+    grn_scale(*train_arguments(dataset, tmp_path / "b", *settings, "--resume", "auto"), processes=2)
+    assert same_state(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("more,code,message", [
+    (("parallel.tensor=3",), 2, "parallel.tensor is 3"),
+    (("parallel.pipeline=2",), 2, "start 2 processes"),
+    (("train.stepz=3",), 2, "did you mean train.steps"),
+    (("data.token_budget=100",), 2, "multiple of 128"),
+    (("model.rounds=3",), 2, "model.rounds is 3"),
+    (("--resume", "must"), 1, "checkpoint"),
+    (("data.dataset=/nowhere",), 1, "dataset.json"),
+])
+def test_what_cannot_run_is_refused_with_one_message_and_no_run_folder(dataset, tmp_path, more, code, message) -> None:
+    done = grn_scale(*train_arguments(dataset, tmp_path / "run", *more), expect=code)
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_used_run_folder_is_refused_without_resume(dataset, undisturbed) -> None:
+    done = grn_scale(*train_arguments(dataset, undisturbed), expect=2)
+    assert "--resume auto" in done.stderr
