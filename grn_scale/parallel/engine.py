@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -74,9 +76,11 @@ class TrainEngine:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(initial[name])
-        self.engine, *_ = deepspeed.initialize(
-            model=torch.nn.ModuleList(self.stages), optimizer=self._optimizer(), config=self._deepspeed_config(),
-            mpu=DeepSpeedTopology(), dist_init_required=False)
+        # DeepSpeed prints its memory use while it builds the optimizer; stdout is for results.
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.engine, *_ = deepspeed.initialize(
+                model=torch.nn.ModuleList(self.stages), optimizer=self._optimizer(), config=self._deepspeed_config(),
+                mpu=DeepSpeedTopology(), dist_init_required=False)
         # reduce_gradients must take what the schedule has accumulated rather than wait for hooks
         self.engine.pipeline_parallelism = config.parallel.pipeline > 1
         self.optimizer = getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)

@@ -54,8 +54,8 @@ def main(argv: list[str]) -> int:
     named = bool(argv) and not argv[0].startswith("-") and "=" not in argv[0]
     if named and argv[0] not in BENCHMARKS:
         raise ConfigError(f"grn-scale bench {argv[0]}: {nearest(argv[0], BENCHMARKS)}; without a name all of them run")
-    parser = CommandParser("bench", f"Measure {', '.join(BENCHMARKS)} (the first argument; all of them without one). The "
-                           f"result is JSON. Without --config the sizes are those of {DEFAULT_CONFIG}.",
+    parser = CommandParser("bench", f"Measure {', '.join(BENCHMARKS)} (the first argument; all of them without one). "
+                           f"The result is JSON. Without --config the sizes are those of {DEFAULT_CONFIG}.",
                            "grn-scale bench train --config configs/runs/demo.yaml --repeats 10")
     parser.set_defaults(config=DEFAULT_CONFIG)
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="measurements of each number (default: 5)")

@@ -19,9 +19,13 @@ if TYPE_CHECKING:
     from grn_scale.data.decode import DecodeRequest
     from grn_scale.tokenizer.video import VideoTokenizer
 
+WHOLE_CLIP_FRAMES, PIECE_GROUPS = 33, 8
+"""Longer clips are encoded in pieces of so many groups of four frames, as `grn-scale tokenize` does it."""
 
-def bench_tokenize(config: Config, samples: int, repeats: int) -> dict[str, Any]:
-    """Frames a second of decoding (in config.tokenize.decode_processes children) and of encoding, each alone."""
+
+def bench_tokenize(config: Config, count: int, repeats: int) -> dict[str, Any]:
+    """Frames a second of decoding (in config.tokenize.decode_processes children) and of encoding, each alone;
+    `count` clips."""
     import torch
 
     from grn_scale.data.decode import DecodedClip
@@ -31,7 +35,7 @@ def bench_tokenize(config: Config, samples: int, repeats: int) -> dict[str, Any]
     device = start_torch(config.train.threads)
     tokenizer = load_tokenizer(config.tokenizer.path).to(device)
     with tempfile.TemporaryDirectory(prefix="grn-bench-") as folder:
-        requests = _requests(config, samples, Path(folder))
+        requests = _requests(config, count, Path(folder))
         with DecodePool(config.tokenize.decode_processes, config.tokenize.decode_timeout_seconds) as pool:
             clips = [clip for _, clip in pool.map(requests) if isinstance(clip, DecodedClip)]
             if not clips:
@@ -55,8 +59,8 @@ def bench_tokenize(config: Config, samples: int, repeats: int) -> dict[str, Any]
     }
 
 
-def _requests(config: Config, samples: int, folder: Path) -> list[DecodeRequest]:
-    """Up to `samples` clips of the manifest, or clips made for the purpose."""
+def _requests(config: Config, count: int, folder: Path) -> list[DecodeRequest]:
+    """Up to `count` clips of the manifest, or clips made for the purpose."""
     from grn_scale.data.buckets import bucket
     from grn_scale.data.decode import DecodeRequest
     from grn_scale.data.manifest import load_manifest
@@ -65,11 +69,12 @@ def _requests(config: Config, samples: int, folder: Path) -> list[DecodeRequest]
 
     settings = config.tokenize
     if config.data.manifest:
-        found = [(clip.path, clip.begin_frame, clip.end_frame) for clip in load_manifest(config.data.manifest)[:samples]]
+        listed = load_manifest(config.data.manifest)[:count]
+        found = [(clip.path, clip.begin_frame, clip.end_frame) for clip in listed]
     else:
         side = bucket(1.0, settings.latent_side).height
         found = []
-        for number, attributes in zip(range(samples), itertools.cycle(shapes.training())):
+        for number, attributes in zip(range(count), itertools.cycle(shapes.training())):
             path = folder / f"{number:06d}.mp4"
             path.write_bytes(encode_h264(shapes.render(attributes, number, side, settings.max_frames),
                                          max(1, round(settings.fps))))
@@ -86,5 +91,7 @@ def _encode(tokenizer: VideoTokenizer, batch: Sequence[np.ndarray], rounds: int,
     from grn_scale.hbq import pack_bits, quantize_bits, to_token_major
 
     video = torch.from_numpy(np.stack(batch)).to(device).movedim(-1, 1).float() / 127.5 - 1
-    for bits in to_token_major(quantize_bits(tokenizer.encode(video).float(), rounds)).cpu():
+    long = video.shape[2] > WHOLE_CLIP_FRAMES
+    features = tokenizer.encode_chunked(video, PIECE_GROUPS) if long else tokenizer.encode(video)
+    for bits in to_token_major(quantize_bits(features.float(), rounds)).cpu():
         pack_bits(bits)

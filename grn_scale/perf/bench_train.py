@@ -101,8 +101,8 @@ def _random_packs(config: Config) -> tuple[list[list[Sample]], dict[int, float]]
     length, budget = t * h * w + CAPTION_TOKENS + 1, config.data.token_budget
     if length > budget:
         raise ConfigError(f"a clip of the configured size has {length} tokens, but data.token_budget is {budget}: set "
-                          f"data.token_budget={-(-length // 128) * 128} or more, or smaller clips (tokenize.max_frames, "
-                          "tokenize.latent_side)")
+                          f"data.token_budget={-(-length // 128) * 128} or more, or smaller clips "
+                          "(tokenize.max_frames, tokenize.latent_side)")
     drawn = np.random.default_rng(config.seed)
     task = "T2V" if t > 1 else "T2I"
 

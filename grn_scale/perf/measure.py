@@ -24,7 +24,7 @@ CAPTION_TOKENS = 9
 
 
 def repeat(work: Callable[[], object], repeats: int, warmup: int = 1) -> list[float]:
-    """Seconds of each of `repeats` calls, after `warmup` calls that are not counted. `work` waits for its own device."""
+    """Seconds of each of `repeats` calls, after `warmup` calls that do not count. `work` waits for its own device."""
     seconds = []
     for number in range(warmup + repeats):
         begin = time.perf_counter()
@@ -71,7 +71,8 @@ def surroundings() -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
-    return {"hardware": hardware, "versions": versions, "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"hardware": hardware, "versions": versions, "date": date}
 
 
 def start_torch(threads: int) -> torch.device:

@@ -13,9 +13,10 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +98,18 @@ def _parser() -> CommandParser:
         "configuration holds. The precision is train.precision.",
         "grn-scale sample --run runs/first --prompt 'a red circle moves left' output=samples/", json=True)
     parser.add_argument("--run", required=True, metavar="RUN", help="run folder (its newest checkpoint) or step folder")
-    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times, and empty")
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT",
+                        help="may be given several times, and empty")
     parser.add_argument("--prompts", metavar="FILE", help="text file with a prompt on each line")
-    parser.add_argument("--negative", default="", metavar="TEXT", help="what guidance leads away from (default: the empty text)")
+    parser.add_argument("--negative", default="", metavar="TEXT",
+                        help="what guidance leads away from (default: the empty text)")
     parser.add_argument("--count", type=int, default=1, metavar="N", help="samples of each prompt (default: 1)")
-    parser.add_argument("--frames", type=int, metavar="N", help="1 + 4k frames; 1 is a picture (default: tokenize.max_frames)")
+    parser.add_argument("--frames", type=int, metavar="N",
+                        help="1 + 4k frames; 1 is a picture (default: tokenize.max_frames)")
     parser.add_argument("--size", metavar="HxW", help="pixels, multiples of 16 (default: the square bucket of "
                         "tokenize.latent_side, or the one nearest to --first-frame)")
-    parser.add_argument("--first-frame", metavar="FILE", help="image, or video whose first frame is taken, to begin with")
+    parser.add_argument("--first-frame", metavar="FILE",
+                        help="image, or video whose first frame is taken, to begin with")
     parser.add_argument("--raw", action="store_true", help="the trained weights, not their moving average")
     return parser
 
@@ -131,8 +136,8 @@ def _request(options: argparse.Namespace, config: Config) -> Request:
         raise ConfigError(f"--count is {options.count}, but must be at least 1")
     frames = config.tokenize.max_frames if options.frames is None else options.frames
     if frames < 1 or frames != whole_groups(frames):
-        raise ConfigError(f"--frames is {frames}, but the tokenizer makes 1 + 4k frames: {max(1, whole_groups(frames))} "
-                          "would do")
+        raise ConfigError(f"--frames is {frames}, but the tokenizer makes 1 + 4k frames: "
+                          f"{max(1, whole_groups(frames))} would do")
     if options.first_frame and frames == 1:
         raise ConfigError("--first-frame is given, but --frames 1 leaves nothing to sample; 5 is the fewest")
     return Request(tuple(prompts), options.negative, options.count, frames, _size(options.size), options.first_frame,
@@ -170,8 +175,8 @@ def sample(source: Source, config: Config, request: Request) -> dict[str, Any]:
     model = trained.model.to(device, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
     settings = SamplingSettings(**dataclasses.asdict(config.sampling), end_fraction=model.config.end_fraction)
     if settings.steps < settings.tmax - 1:
-        log.warning("sampling.steps is %d, but the schedule is %d long (sampling.tmax): it is cut off while labels are still "
-                    "noise; sampling.tmax=%d runs through it", settings.steps, settings.tmax, settings.steps)
+        log.warning("sampling.steps is %d, but the schedule is %d long (sampling.tmax): it is cut off while labels are "
+                    "still noise; sampling.tmax=%d runs through it", settings.steps, settings.tmax, settings.steps)
     canvas = _canvas(request, config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -200,7 +205,8 @@ def sample(source: Source, config: Config, request: Request) -> dict[str, Any]:
         "settings": dataclasses.asdict(settings), "tokenizer_fingerprint": tokenizer.fingerprint,
         "text_fingerprint": encoder.fingerprint, "model": to_dict(model.config), "task": request.task,
         "negative": request.negative, "first_frame": request.first_frame, "frames": request.frames,
-        "height": canvas.height, "width": canvas.width, "ratio_key": canvas.ratio_key, "fps": fps, "film_strip": FILM_STRIP,
+        "height": canvas.height, "width": canvas.width, "ratio_key": canvas.ratio_key, "fps": fps,
+        "film_strip": FILM_STRIP,
         "samples": [{"file": file, "draw": n, "prompt": prompt, "text": text}
                     for n, (file, (prompt, text)) in enumerate(zip(files, texts))]}
     write_json(folder / SUMMARY, summary)
@@ -252,7 +258,7 @@ def _write_clip(folder: Path, number: int, frames: np.ndarray, fps: float) -> st
 
 
 @contextmanager
-def _bar(name: str, total: int):
+def _bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar on stderr while the block runs; yields what advances it."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -260,8 +266,7 @@ def _bar(name: str, total: int):
     with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
                   console=Console(stderr=True)) as progress:
         task = progress.add_task(name, total=total)
-        advance: Callable[[int], None] = lambda items: progress.advance(task, items)  # noqa: E731
-        yield advance
+        yield partial(progress.advance, task)
 
 
 def _table(summary: dict[str, Any], folder: Path) -> str:

@@ -80,4 +80,5 @@ class Condition:
                 raise UserError(f"first_frame_labels are {list(first.shape)}, but must be "
                                 f"[{config.label_channels}, 1, {h}, {w}]")
             if t < 2:
-                raise UserError("a first frame is given, but the clip has no other: ask for at least 2 latents (5 frames)")
+                raise UserError("a first frame is given, but the clip has no other: ask for at least 2 latents "
+                                "(5 frames)")

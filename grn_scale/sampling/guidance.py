@@ -90,7 +90,8 @@ class GuidedNetwork:
         texts = [c.text_states for c in self.conditions] + [self.conditions[n].negative_text_states for n in guided]
         owners = [*range(len(self.conditions)), *guided]
         config = self.model.config
-        layout = lay_out([self.conditions[n].grid(text) for n, text in zip(owners, texts)], config.layout, config.head_size)
+        grids = [self.conditions[n].grid(text) for n, text in zip(owners, texts)]
+        layout = lay_out(grids, config.layout, config.head_size)
         visual = _places(self.visual_counts, owners)
         predicted = _places(self.predicted_counts, guided)
         return Branches(guided, layout.to(self.device), torch.cat([t.to(self.device) for t in texts]),

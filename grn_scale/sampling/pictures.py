@@ -17,7 +17,8 @@ MARGIN = 12
 INK, PAPER = (30, 30, 30), (255, 255, 255)
 
 
-def film_strip(rows: Sequence[tuple[str, np.ndarray]], title: str, *, columns: int = 9, cell_pixels: int = 96) -> Image.Image:
+def film_strip(rows: Sequence[tuple[str, np.ndarray]], title: str, *, columns: int = 9,
+               cell_pixels: int = 96) -> Image.Image:
     """Picture with one row for each (label, clip), columns for frames spread over the clip.
 
     Clips are uint8 RGB [T, H, W, 3] of one shape; a cell is at least cell_pixels high.

@@ -1,8 +1,8 @@
-"""The refinement sampler: labels out of noise, by predicting all of them again at every step (GRN reference, section 6).
+"""The refinement sampler: labels out of noise, by predicting all of them again at every step.
 
     x = R (random labels, drawn once)
     for each step:  y ~ network(x);  x = y where a mask says so, else R;  the mask grows along a schedule
-    the result is the y of the last step
+    the result is the y of the last step                                            (GRN reference, section 6)
 
 Every random number is keyed by (seed, number of the sample, step, label), so what a sample becomes does not depend on
 what it is sampled together with. (Matrix products of another size round differently: that can turn a label whose
@@ -161,12 +161,15 @@ class Refinement:
         first = [v - p for v, p in zip(network.visual_counts, network.predicted_counts)]
         token = torch.cat([torch.arange(f, v) for f, v in zip(first, network.visual_counts)]).to(network.device)
         counter = token[:, None] * self.channels + torch.arange(self.channels, device=network.device)
-        group = _Group(network, members, counter, counter, counter, [0.0] * len(members))
         if self.draws:
             noise = flatten_maps([self.draws.initial(n) for n in members], network.device)
+            if noise.shape != counter.shape:
+                raise ValueError(f"initial_labels have {list(noise.shape)} tokens and labels, "
+                                 f"not {list(counter.shape)}")
         else:
-            noise = (self._random(group, "sample noise") >> (32 - self.classes.bit_length() + 1)).to(torch.uint8)
-        group.noise = group.mixed = noise
+            random = self._random(network, members, counter, "sample noise")
+            noise = (random >> (32 - self.classes.bit_length() + 1)).to(torch.uint8)
+        group = _Group(network, members, counter, noise, noise, [0.0] * len(members))
         if self.trace:
             for n, labels in zip(members, self._maps(group, noise)):
                 self.trace.add("initial_labels", n, labels)
@@ -177,20 +180,21 @@ class Refinement:
         settings = self.settings
         guidance = [settings.guidance_at(share) for share in group.shares]
         prediction = group.network(group.mixed, group.shares, guidance, always_both=self.both)
+        keyed_by = (group.network, group.members, group.counter_PD)
         if self.draws:
             predicted = self._given(group, "sampled_labels", step)
         else:
-            predicted = choose(prediction.scores, settings.temperature, self._random(group, "sample label", step))
+            predicted = choose(prediction.scores, settings.temperature, self._random(*keyed_by, "sample label", step))
         target = predicted_share(progress(step, settings.tmax), settings.shift, settings.end_fraction)
         if self.draws:
             mask = self._given(group, "use_predict_mask", step).bool()
         else:
-            mask = self._random(group, "sample mask", step) < int(target * WORDS)
+            mask = self._random(*keyed_by, "sample mask", step) < int(target * WORDS)
         fed = group.shares
         group.mixed = torch.where(mask, predicted, group.noise)
         counts = torch.zeros(len(fed), dtype=torch.int64, device=mask.device)
         counts = counts.index_add(0, group.network.sample_P, mask.sum(dim=1)).tolist()
-        group.shares = [count / (tokens * self.channels) for count, tokens in zip(counts, group.network.predicted_counts)]
+        group.shares = [n / (tokens * self.channels) for n, tokens in zip(counts, group.network.predicted_counts)]
         if self.trace:
             self._record_step(group, prediction, predicted, mask, fed, guidance, target)
         return predicted
@@ -206,11 +210,12 @@ class Refinement:
         return _Group(network, members, group.counter_PD[rows], group.noise[rows], group.mixed[rows],
                       [group.shares[i] for i in stay])
 
-    def _random(self, group: _Group, purpose: str, *key: int) -> torch.Tensor:
+    def _random(self, network: GuidedNetwork, members: Sequence[int], counter_PD: torch.Tensor, purpose: str,
+                *key: int) -> torch.Tensor:
         """int64 [P, D] in [0, 2^32), keyed by seed, purpose, sample and label."""
-        keys = [keyed.as_int64(keyed.key64(self.seed, purpose, self.first_draw + n, *key)) for n in group.members]
-        keys_N = torch.tensor(keys, dtype=torch.int64, device=group.network.device)
-        return keyed.hash32(keys_N[group.network.sample_P, None], group.counter_PD)
+        keys = [keyed.as_int64(keyed.key64(self.seed, purpose, self.first_draw + n, *key)) for n in members]
+        keys_N = torch.tensor(keys, dtype=torch.int64, device=network.device)
+        return keyed.hash32(keys_N[network.sample_P, None], counter_PD)
 
     def _given(self, group: _Group, name: str, step: int) -> torch.Tensor:
         return flatten_maps([self.draws.step(name, n, step) for n in group.members], group.network.device)

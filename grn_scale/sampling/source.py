@@ -40,11 +40,11 @@ class Source:
         """UserError unless `part` (tokenizer, text), which the config's `field` names, is the training data's."""
         trained = self.state.get("dataset", {}).get(f"{part}_fingerprint")
         if trained is None:
-            log.warning("%s does not say which %s its training data was made with, so nobody can tell whether this one fits",
+            log.warning("%s does not say which %s its training data was made with: whether this one fits is unknown",
                         self.checkpoint, field)
         elif trained != fingerprint:
-            raise UserError(f"{field} has fingerprint {fingerprint[:16]}, but {self.checkpoint} was trained on data made with "
-                            f"{trained[:16]}; give the {field} that its dataset was tokenized with")
+            raise UserError(f"{field} has fingerprint {fingerprint[:16]}, but {self.checkpoint} was trained on data "
+                            f"made with {trained[:16]}; give the {field} that its dataset was tokenized with")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from grn_scale.config.schema import ModelConfig
 from grn_scale.tokenizer.video import VideoTokenizer
 
 BATCH_CELLS = 2048
-"""Latent cells decoded at once: small clips of one shape go together, a longer clip goes latent frame by latent frame."""
+"""Latent cells decoded at once: small clips of one shape go together, a longer clip goes latent by latent."""
 
 
 def to_features(labels: torch.Tensor, config: ModelConfig) -> torch.Tensor:
@@ -28,11 +28,13 @@ def to_features(labels: torch.Tensor, config: ModelConfig) -> torch.Tensor:
 
 def to_frames(video: torch.Tensor) -> np.ndarray:
     """uint8 RGB [B, T, H, W, 3] of a decoded video [B, 3, T, H, W] around [-1, 1]; truncated as in the reference."""
-    return ((video.float() + 1) / 2).clamp_(0, 1).mul_(255).to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous().cpu().numpy()
+    pixels = ((video.float() + 1) / 2).clamp_(0, 1).mul_(255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 4, 1).contiguous().cpu().numpy()
 
 
 @torch.inference_mode()
-def decode_clips(tokenizer: VideoTokenizer, labels: Iterable[torch.Tensor], config: ModelConfig) -> Iterator[np.ndarray]:
+def decode_clips(tokenizer: VideoTokenizer, labels: Iterable[torch.Tensor],
+                 config: ModelConfig) -> Iterator[np.ndarray]:
     """uint8 RGB frames [T, H, W, 3] of each clip's labels [D, t, h, w], in their order.
 
     The memory is that of BATCH_CELLS latent cells, or of one latent frame where that is more, and of the frames.
@@ -75,7 +77,7 @@ def encode_mp4(frames: np.ndarray, fps: float) -> bytes:
 
     rate, file = Fraction(fps).limit_denominator(1001), io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
-        # One thread and given times, without macroblock trees: with them x264 now and then spends a few bytes otherwise.
+        # One thread, given times and no macroblock trees: otherwise x264 now and then spends a few bytes more or less.
         stream = container.add_stream("libx264", rate=rate, options={
             "crf": "12", "preset": "medium", "threads": "1", "x264-params": "mbtree=0"})
         stream.height, stream.width = frames.shape[1:3]

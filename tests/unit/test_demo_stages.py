@@ -59,8 +59,8 @@ def test_command_that_wants_a_new_folder_gets_one(tmp_path):
     assert {p.name for p in out.iterdir()} == {"demo.json", "stages.json", "f", "f.old1"}
 
 
-@pytest.mark.parametrize(("code", "ends_with"), [("raise SystemExit(78)", 78), ("import os; os.kill(os.getpid(), 9)", 137),
-                                                 ("pass", 1)])
+@pytest.mark.parametrize(("code", "ends_with"), [
+    ("raise SystemExit(78)", 78), ("import os; os.kill(os.getpid(), 9)", 137), ("pass", 1)])
 def test_failing_stage_says_which_command_and_keeps_its_exit_code(tmp_path, code, ends_with):
     stages = Stages(tmp_path / "out", {})
     with pytest.raises(StageFailed) as caught:
@@ -86,8 +86,8 @@ def test_folder_of_others_or_of_other_settings_is_refused(tmp_path):
 def test_command_does_not_outlive_a_demo_that_is_told_to_end(tmp_path):
     child = ("import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(600)")
     code = (f"import sys; from pathlib import Path; from grn_scale.demo.stages import Stages\n"
-            f"Stages(Path(sys.argv[1]) / 'out', {{}}).run('wait', [sys.executable, '-c', {child!r}, sys.argv[1] + '/pid'], "
-            "makes=Path(sys.argv[1]) / 'never')")
+            f"command = [sys.executable, '-c', {child!r}, sys.argv[1] + '/pid']\n"
+            "Stages(Path(sys.argv[1]) / 'out', {}).run('wait', command, makes=Path(sys.argv[1]) / 'never')")
     parent = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.DEVNULL)
     wait_for(lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text())
     pid = int((tmp_path / "pid").read_text())

@@ -16,7 +16,8 @@ from grn_scale.checkpoint.checkpoint import save_checkpoint
 from grn_scale.checkpoint.chunks import whole
 from grn_scale.cli import main
 from grn_scale.config.load import to_dict
-from grn_scale.config.schema import Config, ModelConfig, SamplingConfig, TextConfig, TokenizeConfig, TokenizerConfig, TrainConfig
+from grn_scale.config.schema import (
+    Config, ModelConfig, SamplingConfig, TextConfig, TokenizeConfig, TokenizerConfig, TrainConfig)
 from grn_scale.demo.text_encoder import HIDDEN_SIZE, build_text_encoder
 from grn_scale.model import build_model
 from grn_scale.sampling import Condition, SamplingSettings, generate
@@ -40,7 +41,8 @@ def parts(tmp_path_factory) -> dict[str, str]:
     build_text_encoder(["a red circle", "a blue square"], folder / "text", seed=0)
     build_text_encoder(["a red circle", "a blue square"], folder / "other_text", seed=1)
     config = Config(
-        output=str(folder / "run"), seed=3, model=MODEL, tokenizer=TokenizerConfig(str(folder / "tokenizer.safetensors")),
+        output=str(folder / "run"), seed=3, model=MODEL,
+        tokenizer=TokenizerConfig(str(folder / "tokenizer.safetensors")),
         text=TextConfig(str(folder / "text"), 16), tokenize=TokenizeConfig(fps=8.0, max_frames=9, latent_side=2),
         train=TrainConfig(precision="fp32"), sampling=SamplingConfig(steps=3, tmax=3, guidance=2.0))
     dataset = {"tokenizer_fingerprint": load_tokenizer(config.tokenizer.path).fingerprint,
@@ -80,8 +82,8 @@ def test_videos_strip_and_summary_are_written_from_the_newest_checkpoint(parts, 
 
 def test_samples_are_those_of_generate(parts, tmp_path, capsys):
     out = tmp_path / "samples"
-    assert main(["sample", "--run", parts["run"] + "/step-00000001", "--raw", "--prompt", "a blue square", "--frames", "1",
-                 f"output={out}", "seed=5"]) == 0
+    assert main(["sample", "--run", parts["run"] + "/step-00000001", "--raw", "--prompt", "a blue square",
+                 "--frames", "1", f"output={out}", "seed=5"]) == 0
     model = open_model(parts["run"] + "/step-00000001", raw=True).model
     text, empty = load_text_encoder(parts["text"], 16).encode(["<T2I>a blue square", ""])
     result = generate(model, [Condition(text, empty, (1, 2, 2), 1.0)], SamplingSettings(3, 3, 2.0), seed=5)
@@ -95,8 +97,8 @@ def test_a_first_frame_leads_the_clip_and_sets_its_aspect(parts, tmp_path):
     picture[:, 60:] = (250, 10, 10)
     Image.fromarray(picture).save(tmp_path / "first.png")
     out = tmp_path / "samples"
-    assert main(["sample", "--run", parts["run"], "--prompt", "a red circle", "--first-frame", str(tmp_path / "first.png"),
-                 "--frames", "5", f"output={out}"]) == 0
+    assert main(["sample", "--run", parts["run"], "--prompt", "a red circle",
+                 "--first-frame", str(tmp_path / "first.png"), "--frames", "5", f"output={out}"]) == 0
     summary = json.loads((out / "samples.json").read_text())
     assert summary["task"] == "I2V" and summary["samples"][0]["text"] == "<I2V>a red circle"
     assert (summary["height"], summary["width"], summary["ratio_key"]) == (16, 48, 0.333)
@@ -106,8 +108,8 @@ def test_a_first_frame_leads_the_clip_and_sets_its_aspect(parts, tmp_path):
 def test_prompts_come_from_a_file_and_the_size_from_the_command_line(parts, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red circle\n\na blue square\n", encoding="utf-8")
     out = tmp_path / "samples"
-    assert main(["sample", "--run", parts["run"], "--prompts", str(tmp_path / "prompts.txt"), "--size", "16x32", "--frames",
-                 "5", "--negative", "a blue  square", f"output={out}", "sampling.steps=2"]) == 0
+    assert main(["sample", "--run", parts["run"], "--prompts", str(tmp_path / "prompts.txt"), "--size", "16x32",
+                 "--frames", "5", "--negative", "a blue  square", f"output={out}", "sampling.steps=2"]) == 0
     summary = json.loads((out / "samples.json").read_text())
     assert [entry["prompt"] for entry in summary["samples"]] == ["a red circle", "a blue square"]
     assert (summary["height"], summary["width"], summary["ratio_key"]) == (16, 32, 0.5)
@@ -124,11 +126,12 @@ def test_prompts_come_from_a_file_and_the_size_from_the_command_line(parts, tmp_
     (["--prompt", "x", "--count", "0", "output={out}"], "--count is 0", 2),
     (["--prompt", "x", "--first-frame", "a.png", "--frames", "1", "output={out}"], "nothing to sample", 2),
     (["--prompt", "x", "--first-frame", "{out}/a.png", "output={out}"], "--first-frame: missing", 1),
-    (["--prompt", "x", "tokenizer.path={other_tokenizer.safetensors}", "output={out}"], "tokenizer.path has fingerprint", 1),
-    (["--prompt", "x", "text.encoder={other_text}", "output={out}"], "text.encoder has fingerprint", 1),
+    (["--prompt", "x", "tokenizer.path={other_tokenizer.safetensors}", "output={out}"], "tokenizer.path has", 1),
+    (["--prompt", "x", "text.encoder={other_text}", "output={out}"], "text.encoder has", 1),
     (["--prompt", "x", "sampling.temperature=0", "output={out}"], "sampling.temperature is 0", 2),
 ])
-def test_a_request_that_cannot_be_met_is_refused_before_anything_is_written(parts, tmp_path, capsys, arguments, message, code):
+def test_a_request_that_cannot_be_met_is_refused_before_anything_is_written(parts, tmp_path, capsys, arguments,
+                                                                            message, code):
     out = tmp_path / "out"
     names = {**parts, "out": str(out)}
     filled = []

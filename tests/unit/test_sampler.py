@@ -77,14 +77,15 @@ def test_recorded_trace_of_the_reference_is_reproduced(trace):
     model = golden_model(case["model"], layout)
     first = record["first_frame_labels"][0] if case["first_frame_condition"] else None
     settings = SamplingSettings(
-        steps=case["max_infer_steps"], tmax=case["Tmax"], guidance=case["guidance"], guidance_start=case["cfg_interval"],
-        temperature=case["tau"], shift=case["snr_shift"], end_fraction={"v1": 0.999, "v2": 0.95}[layout])
+        steps=case["max_infer_steps"], tmax=case["Tmax"], guidance=case["guidance"],
+        guidance_start=case["cfg_interval"], temperature=case["tau"], shift=case["snr_shift"],
+        end_fraction={"v1": 0.999, "v2": 0.95}[layout])
     asked = Condition(record["text_cond"], record["text_uncond"], tuple(case["thw"]), case["ratio_key"], first)
     result = generate(model, [asked], settings, draws=record, record=True)
     inputs = {"text_cond", "text_uncond", "first_frame_labels", "image_u8_bgr"}
     assert set(result.trace) == set(record) - inputs
     for name, value in result.trace.items():
-        torch.testing.assert_close(value, record[name], atol=TOLERANCE[name], rtol=0, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(value, record[name], atol=TOLERANCE[name], rtol=0, msg=lambda m: f"{name}: {m}")
     last = record["sampled_labels"][-1]
     assert torch.equal(result.labels, last if first is None else torch.cat((first[None], last), dim=2))
 
@@ -131,7 +132,8 @@ def test_without_guidance_the_unconditional_branch_does_not_run(bit_model, off):
 def test_guidance_one_needs_no_negative_text(bit_model):
     bare = dataclasses.replace(condition(0), negative_text_states=None)
     settings = dataclasses.replace(SETTINGS, guidance=1.0)
-    assert torch.equal(generate(bit_model, [bare], settings).labels, generate(bit_model, [condition(0)], settings).labels)
+    labels = generate(bit_model, [condition(0)], settings).labels
+    assert torch.equal(generate(bit_model, [bare], settings).labels, labels)
     with pytest.raises(UserError, match="negative_text_states"):
         generate(bit_model, [bare], SETTINGS)
 
@@ -257,7 +259,8 @@ def test_a_condition_that_does_not_fit_is_refused(bit_model, change, message):
         generate(bit_model, [dataclasses.replace(condition(0), **change)], SETTINGS)
 
 
-@pytest.mark.parametrize("change", [{"steps": 0}, {"tmax": 1}, {"temperature": 0.0}, {"shift": -1.0}, {"end_fraction": 0.0}])
+@pytest.mark.parametrize("change", [{"steps": 0}, {"tmax": 1}, {"temperature": 0.0}, {"shift": -1.0},
+                                    {"end_fraction": 0.0}])
 def test_impossible_settings_are_refused(change):
     with pytest.raises(ConfigError, match=next(iter(change))):
         dataclasses.replace(SETTINGS, **change)
@@ -266,6 +269,9 @@ def test_impossible_settings_are_refused(change):
 def test_draws_must_replace_all_random_numbers(bit_model):
     with pytest.raises(ValueError, match="use_predict_mask"):
         generate(bit_model, [condition(0)], SETTINGS, draws={"initial_labels": [], "sampled_labels": []})
+    trace = generate(bit_model, [condition(0)], SETTINGS, record=True).trace
+    with pytest.raises(ValueError, match="initial_labels have"):
+        generate(bit_model, [condition(1, (1, 2, 3))], SETTINGS, draws=trace)
 
 
 def test_no_condition_gives_no_label(bit_model):

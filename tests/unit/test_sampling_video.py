@@ -152,8 +152,8 @@ def test_captions_are_wrapped_between_words():
 
 
 def test_a_film_shows_the_way_from_noise_to_the_result(tokenizer):
-    config = ModelConfig(hidden_size=16, num_layers=1, num_heads=2, ffn_hidden_size=32, num_chunks=1, text_hidden_size=4,
-                         latent_channels=4, rounds=3)
+    config = ModelConfig(hidden_size=16, num_layers=1, num_heads=2, ffn_hidden_size=32, num_chunks=1,
+                         text_hidden_size=4, latent_channels=4, rounds=3)
     asked = [Condition(torch.randn(2, 4), torch.randn(1, 4), (2, 1, 2), 1.0) for _ in range(2)]
     film = Film(1, steps=9, rows=4)
     result = generate(build_model(config), asked, SamplingSettings(9, 9, 1.5), record=True, observe=film)
