@@ -37,7 +37,7 @@ COMMANDS = (
             "grn-scale index plan --dataset tokens/ --config configs/runs/demo.yaml"),
     Command("verify", "grn_scale.data_pipeline.verify", "check every payload of a dataset against its checksums",
             "grn-scale verify tokens/"),
-    Command("train", "grn_scale.pretrain.train", "pretrain on token shards (alone, or under torchrun or srun)",
+    Command("train", "grn_scale.pretrain.train", "pretrain on token shards (alone, or under torchrun)",
             "grn-scale train --config configs/runs/demo.yaml data.dataset=tokens/ output=runs/first"),
     Command("train-tokenizer", "grn_scale.tokenizer.training", "train a video tokenizer",
             "grn-scale train-tokenizer --config configs/tokenizer/small.yaml output=runs/tokenizer"),

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 -m grn_scale train --config configs/runs/demo.yaml data.dataset=tokens/ output=runs/a
 
-Start it alone, under torchrun, or under srun; the layout follows from parallel.* and the number of processes.
+Start it alone or under torchrun; the layout follows from parallel.* and the number of processes.
 """
 
 from __future__ import annotations
