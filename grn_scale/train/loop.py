@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from grn_scale.batch import Sample
 from grn_scale.config.schema import Config
@@ -14,11 +15,13 @@ from grn_scale.data.plan import DataState
 from grn_scale.errors import DoNotRequeue
 from grn_scale.model.loss import noise_bin_means
 from grn_scale.model.pack import PackedBatch
-from grn_scale.parallel.engine import StepResult, TrainEngine
 from grn_scale.perf.flops import model_flops
 from grn_scale.train.metrics import MetricsLog
 from grn_scale.train.progress import TrainingProgress
 from grn_scale.train.schedule import learning_rate
+
+if TYPE_CHECKING:  # importing it loads megatron-core, which has to wait for `parallel.groups.start`
+    from grn_scale.parallel.engine import StepResult, TrainEngine
 
 
 @dataclass(frozen=True)
