@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from grn_scale.errors import UserError
+from grn_scale.tokenizer.layers import use_channels_last
 from grn_scale.tokenizer.video import VideoTokenizer, VideoTokenizerShape
 
 SHIPPED = {"small": Path(__file__).with_name("small.safetensors")}
@@ -38,7 +39,7 @@ def load_tokenizer(path: str | Path) -> VideoTokenizer:
         raise UserError(f"{file} does not hold a video tokenizer: {'; '.join(sorted(problems))}")
     tokenizer.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
     tokenizer.fingerprint = fingerprint(weights)
-    return tokenizer.eval().requires_grad_(False)
+    return use_channels_last(tokenizer).eval().requires_grad_(False)
 
 
 def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:

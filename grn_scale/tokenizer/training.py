@@ -33,7 +33,9 @@ from grn_scale.errors import ConfigError, DoNotRequeue, UserError
 from grn_scale.hbq import dequantize_index, quantize_index, quantize_straight_through
 from grn_scale.tokenizer.initialize import new_tokenizer
 from grn_scale.tokenizer.layers import use_channels_last
-from grn_scale.tokenizer.training_config import AdamConfig, ClipsConfig, PhasesConfig, TokenizerTrainingConfig, split_names
+from grn_scale.tokenizer.muon import Muon
+from grn_scale.tokenizer.training_config import (
+    ClipsConfig, OptimizerConfig, PhasesConfig, TokenizerTrainingConfig, split_names)
 from grn_scale.tokenizer.video import VideoTokenizer, VideoTokenizerShape
 from grn_scale.train.metrics import MetricsLog, read_metrics
 
@@ -139,23 +141,29 @@ class State:
         self.step = 0
         self.model, self.ema = (use_channels_last(new_tokenizer(shape, config.seed)).to(device) for _ in range(2))
         self.ema.requires_grad_(False).eval()
-        parameters = list(self.model.parameters())
-        self.optimizer = torch.optim.AdamW(
-            [{"params": [p for p in parameters if _decays(p)], "weight_decay": config.optimizer.weight_decay},
-             {"params": [p for p in parameters if not _decays(p)], "weight_decay": 0.0}],
-            lr=config.optimizer.lr, betas=config.optimizer.betas)
+        convolutions = [p for p in self.model.parameters() if _is_matrix(p)]
+        others = [p for p in self.model.parameters() if not _is_matrix(p)]
+        settings, decay = config.optimizer, {"weight_decay": config.optimizer.weight_decay}
+        groups = [{"params": others, "weight_decay": 0.0}]
+        self.optimizers: list[torch.optim.Optimizer] = []
+        if settings.muon_lr:
+            self.optimizers.append(Muon(convolutions, settings.muon_lr))
+        else:
+            groups.append({"params": convolutions, **decay})
+        self.optimizers.append(torch.optim.AdamW(groups, settings.lr, settings.betas))
 
-    def update(self, loss: torch.Tensor, rate: float, config: AdamConfig) -> float:
-        """One update of weights and average; the gradient norm before clipping."""
+    def update(self, loss: torch.Tensor, factor: float, config: OptimizerConfig) -> float:
+        """One update of weights and average at `factor` of the peak rates; the gradient norm before clipping."""
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm).item()
         if not math.isfinite(norm):
             raise DoNotRequeue(f"the gradient of step {self.step} is not finite: lower optimizer.lr, or look at the "
                                "clips; the last checkpoint is sound")
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = factor * optimizer.defaults["lr"]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.step += 1
         # A young average forgets its first values faster.
         decay = min(config.ema_decay, self.step / (self.step + 9))
@@ -168,9 +176,9 @@ class State:
         tensors = {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
         tensors |= {f"ema/{name}": tensor for name, tensor in self.ema.state_dict().items()}
         for name, parameter in self.model.named_parameters():
-            # Parameters without a gradient so far (of layers that single frames pass by) have no moments.
-            tensors |= {f"adam/{key}/{name}": value for key, value in self.optimizer.state[parameter].items()} \
-                if parameter in self.optimizer.state else {}
+            # Parameters without a gradient so far (of layers that single frames pass by) have no entry.
+            tensors |= {f"optimizer/{key}/{name}": value for optimizer in self.optimizers
+                        for key, value in optimizer.state.get(parameter, {}).items()}
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         write_bytes(folder / CHECKPOINT, save(plain, {"step": str(self.step), "config": config_yaml(config)}))
         write_bytes(folder / TOKENIZER, save({name: tensor.half().cpu().contiguous()
@@ -191,28 +199,34 @@ class State:
                 raise UserError(f"{path} holds a tokenizer of other widths than the model section asks for: give the "
                                 "configuration it was trained with, or another output")
             module.load_state_dict(part)
-        for name, parameter in self.model.named_parameters():
-            moments = {key: tensors[f"adam/{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
-                       if f"adam/{key}/{name}" in tensors}
-            if moments:
-                # Same memory layout as the parameter's: sums of squares then run in the same order.
-                self.optimizer.state[parameter] = {key: value if key == "step" else torch.empty_like(parameter).copy_(value)
-                                                   for key, value in moments.items()}
+        for optimizer in self.optimizers:
+            for name, parameter in self.model.named_parameters():
+                if any(parameter is own for group in optimizer.param_groups for own in group["params"]):
+                    optimizer.state[parameter] = _optimizer_state(tensors, name, parameter)
         self.step = step
 
 
-def _decays(parameter: torch.Tensor) -> bool:
-    return sum(size > 1 for size in parameter.shape) > 1
+def _is_matrix(parameter: torch.Tensor) -> bool:
+    """Whether it is a convolution's weight, not a bias or a norm's gain."""
+    return parameter.ndim >= 4 and parameter.numel() > parameter.shape[0]
 
 
-def learning_rate(step: int, config: AdamConfig, train: PhasesConfig) -> float:
-    """Rate of update number `step`, from 0: warm-up at the start of each phase, times the schedule over all of them."""
+def _optimizer_state(tensors: dict[str, torch.Tensor], name: str, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds for one parameter; in the parameter's memory layout, so that sums run in the same order."""
+    found = {key.split("/")[1]: value for key, value in tensors.items()
+             if key.startswith("optimizer/") and key.split("/")[2] == name}
+    return {key: value if key == "step" else torch.empty_like(parameter).copy_(value) for key, value in found.items()}
+
+
+def rate_factor(step: int, config: OptimizerConfig, train: PhasesConfig) -> float:
+    """Share of the peak rates for update number `step`, from 0: warm-up at the start of each phase, times the schedule
+    over all of them."""
     into, _, _ = train.at(step)
-    rate = config.lr * min(1.0, (into + 1) / max(1, config.warmup_steps))
+    factor = min(1.0, (into + 1) / max(1, config.warmup_steps))
     if config.schedule == "cosine":
         fall = 0.5 * (1 + math.cos(math.pi * step / train.steps))
-        rate *= config.end_factor + (1 - config.end_factor) * fall
-    return rate
+        factor *= config.end_factor + (1 - config.end_factor) * fall
+    return factor
 
 
 def reconstruction_loss(model: VideoTokenizer, video: torch.Tensor, rounds: int | None,
@@ -257,14 +271,14 @@ def train(state: State, sources: list[Source], held_out: list[Source], config: T
         video = draw_batch(sources, (config.seed, "tokenizer batch", step), frames, count, config.data,
                            settings.small_batch_factor).to(device)
         rounds = config.model.rounds if step >= settings.unquantized_steps else None
-        rate = learning_rate(step, config.optimizer, settings)
+        factor = rate_factor(step, config.optimizer, settings)
         loss = reconstruction_loss(state.model, video, rounds, settings)
-        norm = state.update(loss, rate, config.optimizer)
+        norm = state.update(loss, factor, config.optimizer)
         recent.append(loss.item())
         done, ends = state.step, state.step == settings.steps
         if done % settings.log_every == 0 or ends:
             now = time.perf_counter()
-            metrics.write(done, {"loss": sum(recent) / len(recent), "grad_norm": norm, "lr": rate, "frames": frames,
+            metrics.write(done, {"loss": sum(recent) / len(recent), "grad_norm": norm, "lr": factor * config.optimizer.lr, "frames": frames,
                                  "step_seconds": (now - since) / len(recent)})
             recent, since = [], now
         if held_out and (ends or settings.validate_every and done % settings.validate_every == 0):

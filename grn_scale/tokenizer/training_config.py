@@ -127,11 +127,15 @@ class PhasesConfig:
 
 
 @dataclass(frozen=True)
-class AdamConfig:
+class OptimizerConfig:
+    """AdamW, and Muon for the convolution weights where muon_lr is set."""
+
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
-    """Not applied to norm gains and biases."""
+    """Of AdamW; not applied to norm gains and biases."""
+    muon_lr: float = 0.0
+    """Learning rate of Muon, which then updates the convolution weights; 0 leaves all to AdamW."""
     clip_norm: float = 1.0
     ema_decay: float = 0.995
     warmup_steps: int = 100
@@ -143,6 +147,7 @@ class AdamConfig:
     def __post_init__(self) -> None:
         require_choice("optimizer.schedule", self.schedule, ("cosine", "constant"))
         require_positive("optimizer", lr=self.lr, clip_norm=self.clip_norm)
+        require(self.muon_lr >= 0, f"optimizer.muon_lr is {self.muon_lr}, but must not be negative")
         require(0 <= self.ema_decay < 1, f"optimizer.ema_decay is {self.ema_decay}, but must lie in [0, 1)")
         require(self.warmup_steps >= 0, f"optimizer.warmup_steps is {self.warmup_steps}, but must not be negative")
 
@@ -157,7 +162,7 @@ class TokenizerTrainingConfig:
     model: ShapeConfig = field(default_factory=ShapeConfig)
     data: ClipsConfig = field(default_factory=ClipsConfig)
     train: PhasesConfig = field(default_factory=PhasesConfig)
-    optimizer: AdamConfig = field(default_factory=AdamConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def __post_init__(self) -> None:
         longest = max(frames for _, frames, _ in self.train.phases)

@@ -196,6 +196,7 @@ def in_child(action):
     """Exit status of a forked child that runs `action`."""
     pid = os.fork()
     if pid == 0:
+        torch.set_num_threads(1)  # threads of the parent do not live in the child: waiting for them would hang
         try:
             action()
         except BaseException:  # a child of the test must not return into pytest

@@ -14,14 +14,16 @@ from grn_scale.demo import shapes
 from grn_scale.demo.clips import encode_h264
 from grn_scale.errors import ConfigError, DoNotRequeue, UserError
 from grn_scale.tokenizer import load_tokenizer
+from grn_scale.tokenizer.muon import orthogonal
 from grn_scale.tokenizer.training import (
-    CHECKPOINT, TOKENIZER, State, decode_sources, draw_batch, learning_rate, main, psnr, reconstruction_loss, to_video)
-from grn_scale.tokenizer.training_config import AdamConfig, ClipsConfig, PhasesConfig, TokenizerTrainingConfig
+    CHECKPOINT, TOKENIZER, State, decode_sources, draw_batch, rate_factor, main, psnr, reconstruction_loss, to_video)
+from grn_scale.tokenizer.training_config import ClipsConfig, OptimizerConfig, PhasesConfig, TokenizerTrainingConfig
 from grn_scale.train.metrics import read_metrics
 
 TINY = ["model.dim=4", "model.dec_dim=4", "model.latent_channels=4", "model.residual_blocks=1", "data.decode_processes=1",
         "data.sides=[16,32]", "data.crops=[16,32]", "data.crop_shares=[0.7,0.3]", "train.unquantized_steps=1",
-        "train.log_every=1", "train.checkpoint_every=2", "train.threads=1", "optimizer.warmup_steps=1"]
+        "train.log_every=1", "train.checkpoint_every=2", "train.threads=1", "optimizer.warmup_steps=1",
+        "optimizer.muon_lr=0.01"]
 
 
 @pytest.fixture(scope="module")
@@ -204,29 +206,46 @@ def test_clips_shorter_than_a_phase_are_an_error(sources, clips):
         draw_batch(sources, (0,), 13, 1, config_of(clips), 1)
 
 
-def tiny_config():
-    return load_config(None, [*TINY, "optimizer.lr=3e-3"], TokenizerTrainingConfig)
+def tiny_config(*more):
+    return load_config(None, [*TINY, "optimizer.lr=3e-3", *more], TokenizerTrainingConfig)
 
 
-def test_training_lowers_the_loss_through_the_quantiser(sources, clips):
-    torch.manual_seed(0)
-    config = tiny_config()
+@pytest.mark.parametrize("muon_lr", [0.0, 0.01])
+def test_training_lowers_the_loss_through_the_quantiser(sources, clips, muon_lr):
+    config = tiny_config(f"optimizer.muon_lr={muon_lr}")
     state = State(config, torch.device("cpu"))
     video = draw_batch(sources, (0,), 1, 3, config_of(clips, sides=(32,), crops=(32,), crop_shares=(1.0,)), 1)
     losses = []
     for _ in range(60):
         loss = reconstruction_loss(state.model, video, 4, config.train)
         losses.append(loss.item())
-        state.update(loss, 3e-3, config.optimizer)
+        state.update(loss, 1.0, config.optimizer)
     assert losses[-1] < 0.5 * losses[0]
     assert psnr(state.model, video, 4).mean() > 10
+
+
+def test_weight_decay_spares_gains_and_biases():
+    state = State(tiny_config("optimizer.muon_lr=0", "optimizer.weight_decay=0.1"), torch.device("cpu"))
+    spared, decayed = state.optimizers[0].param_groups
+    assert (spared["weight_decay"], decayed["weight_decay"]) == (0.0, 0.1)
+    names = {id(p): name for name, p in state.model.named_parameters()}
+    assert all(names[id(p)].endswith(("gamma", "bias")) for p in spared["params"])
+    assert all(names[id(p)].endswith("weight") for p in decayed["params"])
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 30), (2, 30, 8), (1, 6, 6)])
+def test_muon_brings_singular_values_near_one(shape):
+    torch.manual_seed(0)
+    values = torch.linalg.svdvals(orthogonal(torch.randn(shape)))
+    assert 0.5 < values.min() and values.max() < 1.3
+    assert torch.equal(orthogonal(torch.zeros(shape)), torch.zeros(shape))
 
 
 def test_average_follows_the_weights_more_slowly_the_older_it_is(sources):
     config = tiny_config()
     state = State(config, torch.device("cpu"))
     before = state.ema.conv2.bias.clone()
-    state.update(sum(p.sum() for p in state.model.parameters()), 1e-2, config.optimizer)
+    state.update(sum(p.sum() for p in state.model.parameters()), 1.0, config.optimizer)
     torch.testing.assert_close(state.ema.conv2.bias, before + (state.model.conv2.bias - before) * 0.9)
 
 
@@ -235,15 +254,15 @@ def test_a_gradient_that_is_not_finite_stops_the_run_for_good():
     state = State(config, torch.device("cpu"))
     loss = sum(p.sum() for p in state.model.parameters()) * float("nan")
     with pytest.raises(DoNotRequeue, match="gradient of step 0"):
-        state.update(loss, 1e-3, config.optimizer)
+        state.update(loss, 1.0, config.optimizer)
     assert state.step == 0 and all(p.isfinite().all() for p in state.model.parameters())
 
 
 def test_rate_warms_up_in_every_phase_and_falls_over_all():
     train = PhasesConfig(phases=((10, 1, 1), (10, 5, 1)))
-    config = AdamConfig(lr=1.0, warmup_steps=2, end_factor=0.1)
-    rates = [learning_rate(step, config, train) for step in range(20)]
+    config = OptimizerConfig(warmup_steps=2, end_factor=0.1)
+    rates = [rate_factor(step, config, train) for step in range(20)]
     assert rates[0] == pytest.approx(0.5) and rates[10] < rates[9] and rates[11] > rates[10]
     assert rates[1:10] == sorted(rates[1:10], reverse=True) and 0.1 <= rates[-1] < 0.12
-    constant = AdamConfig(lr=1.0, warmup_steps=0, schedule="constant")
-    assert {learning_rate(step, constant, train) for step in range(20)} == {1.0}
+    constant = OptimizerConfig(warmup_steps=0, schedule="constant")
+    assert {rate_factor(step, constant, train) for step in range(20)} == {1.0}
