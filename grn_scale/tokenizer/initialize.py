@@ -30,11 +30,9 @@ def new_tokenizer(shape: VideoTokenizerShape, seed: int) -> VideoTokenizer:
                     _rotate(module.shortcut)
             elif isinstance(module, Downsample):
                 _fold(module.resample[1])
-                if module.time_conv is not None:
-                    _rotate(module.time_conv)
         for module in tokenizer.modules():
-            if isinstance(module, Upsample) and module.time_conv is not None:
-                _repeat(module.time_conv)
+            if isinstance(module, (Downsample, Upsample)) and module.time_conv is not None:
+                _copy(module.time_conv)
         for module in (tokenizer.encoder.conv1, tokenizer.conv1, tokenizer.conv2, tokenizer.decoder.conv1):
             _rotate(module)
     return tokenizer
@@ -56,8 +54,8 @@ def _fold(conv: nn.Conv2d) -> None:
     conv.weight[:, :, :2, :2] = matrix.unflatten(1, (-1, 2, 2))
 
 
-def _repeat(conv: CausalConv3d) -> None:
-    """Both frames that come of one are copies of it."""
+def _copy(conv: nn.Conv3d) -> None:
+    """The newest frame as it is, as often as it is asked for: the first frame, which skips this, looks no different."""
     nn.init.zeros_(conv.weight)
     nn.init.zeros_(conv.bias)
-    conv.weight[:, :, -1, 0, 0] = torch.eye(conv.in_channels).repeat(2, 1)
+    conv.weight[:, :, -1, 0, 0] = torch.eye(conv.in_channels).repeat(conv.out_channels // conv.in_channels, 1)

@@ -17,7 +17,7 @@ import torch
 
 from grn_scale.data.manifest import ManifestError
 from grn_scale.data.shards import Dataset
-from grn_scale.data_pipeline import tokenize, verify
+from grn_scale.data_pipeline import tokenize_clips, verify
 from grn_scale.errors import ConfigError, DoNotRequeue, UserError
 from tests.helpers.clips import caption, write_clip, write_manifest, write_text_encoder, write_tokenizer
 
@@ -46,7 +46,7 @@ class Workplace:
         return [f"{key}={value}" for key, value in settings.items()]
 
     def run(self, output: str, lines: list[dict] | None = None, **changes) -> Path:
-        assert tokenize.main(self.arguments(output, lines, **changes)) == 0
+        assert tokenize_clips.main(self.arguments(output, lines, **changes)) == 0
         return self.root / output
 
 
@@ -141,7 +141,7 @@ def test_two_runs_are_byte_identical_also_with_more_decoders(prepared, made):
 
 def test_a_second_run_makes_nothing_and_changes_nothing(prepared, made, capsys):
     before, tars = content(made), stamps(made, "*.tar")
-    assert tokenize.main([*prepared.arguments("made"), "--json"]) == 0
+    assert tokenize_clips.main([*prepared.arguments("made"), "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
     assert content(made) == before and stamps(made, "*.tar") == tars
     assert summary["clips"] == 0 and summary["kept_video_shards"] == summary["kept_text_shards"] == 3
@@ -252,7 +252,7 @@ def broken_lines(prepared) -> list[dict]:
 def test_bad_clips_are_quarantined_with_their_reason_and_the_job_goes_on(prepared, capsys):
     output = prepared.root / "bad"
     arguments = prepared.arguments("bad", broken_lines(prepared), **{"tokenize.max_bad_fraction": 0.8})
-    assert tokenize.main([*arguments, "--json"]) == 0
+    assert tokenize_clips.main([*arguments, "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
     assert summary["samples"] == 2 and summary["duplicate_lines"] == 0
     entries = [json.loads(line) for line in (output / "quarantine.jsonl").read_text().splitlines()]
@@ -263,7 +263,7 @@ def test_bad_clips_are_quarantined_with_their_reason_and_the_job_goes_on(prepare
     assert sum(summary["quarantined"].values()) == 5
     assert Dataset.open(output).info.samples == 2 and not list(verify.find_damage(output))
     # A second run knows them without decoding again.
-    assert tokenize.main([*arguments, "--json"]) == 0
+    assert tokenize_clips.main([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["quarantined"] == summary["quarantined"]
 
 
@@ -310,7 +310,7 @@ def test_a_foreign_or_busy_output_and_other_settings_are_refused(prepared, made,
 ])
 def test_settings_that_do_not_fit_are_refused_before_anything_is_written(prepared, changes, message):
     with pytest.raises(ConfigError, match=message):
-        tokenize.main([*prepared.arguments("nothing"), *(f"{key}={value}" for key, value in changes.items())])
+        tokenize_clips.main([*prepared.arguments("nothing"), *(f"{key}={value}" for key, value in changes.items())])
     assert not (prepared.root / "nothing").exists()
 
 
