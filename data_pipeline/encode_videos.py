@@ -182,7 +182,9 @@ class _BadBudget:
     def spend(self, lines: int) -> None:
         """Count bad lines; DoNotRequeue where there are now too many."""
         self._spent += lines
-        if self._spent > self._fraction * self._lines:
+        # A fraction above 0 allows one line at least: the first try with three clips should go on too.
+        allowed = max(1, self._fraction * self._lines) if self._fraction > 0 else 0
+        if self._spent > allowed:
             raise DoNotRequeue(
                 f"{self._spent} of the manifest's {self._lines} lines give no sample, more than "
                 f"tokenize.max_bad_fraction ({self._fraction:g}) allows; see {self._folder / 'quarantine.jsonl'}: mend "

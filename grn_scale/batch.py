@@ -1,4 +1,4 @@
-"""The values that pass from data to model: planned draws, packs as read, and the packed batch on the device.
+"""The values that pass from data to model: planned draws, packs of them, and samples as read.
 
 Legend: V visual tokens, P predicted visual tokens, T text tokens, N samples of a pack, S token budget,
 D labels a token, C channels.

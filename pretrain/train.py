@@ -21,6 +21,7 @@ from grn_scale.command_line import CommandParser, run, save_config, start_loggin
 from grn_scale.config.check import check_layout, check_set, check_training
 from grn_scale.config.load import to_dict
 from grn_scale.config.schema import Config
+from grn_scale.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -50,12 +51,15 @@ def main(argv: list[str]) -> int:
 
 def check_before_start(config: Config) -> None:
     """Refuse what cannot run, before any process group or model is built."""
-    from grn_scale.data.shards import read_dataset_info
+    from grn_scale.data.shards import Dataset
     from grn_scale.parallel.dims import world_size_from_environment
+    from grn_scale.tokenizer import load_tokenizer
 
     check_set(config, "data.dataset", "output")
     check_layout(config, world_size_from_environment())
-    check_training(config, read_dataset_info(config.data.dataset))
+    dataset = Dataset.open(config.data.dataset)
+    check_training(config, dataset.info)
+    dataset.check_tokenizer(load_tokenizer(config.tokenizer.path).fingerprint)
 
 
 def train_run(config: Config, resume: str) -> None:
@@ -84,12 +88,12 @@ def train_run(config: Config, resume: str) -> None:
     try:
         folder, first = Path(config.output), torch.distributed.get_rank() == 0
         checkpoint = resolve_resume(resume, folder)
-        if first:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_config(config, folder)
         data_rank, data_size = groups.data_parallel()
         engine = TrainEngine(config, device)
         position = restore(engine, checkpoint, plan)
+        if first:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_config(config, folder)
         assemble = functools.partial(pack_batch, config=config, device=device)
         cost = Cost.of_shape(config.model.num_layers, config.model.hidden_size, config.model.ffn_hidden_size)
         loader = PackLoader(dataset, plan, position.data, packs_per_step=config.data.packs_per_step, cost=cost,
@@ -148,6 +152,9 @@ def restore(engine: TrainEngine, checkpoint: Path | None, plan: Plan) -> Positio
     if checkpoint is None:
         return Position(0, 0, plan.start())
     saved = read_state(checkpoint)
+    if saved["step"] > engine.config.train.steps:
+        raise ConfigError(f"{checkpoint} stands at step {saved['step']}, beyond train.steps = "
+                          f"{engine.config.train.steps}: raise train.steps, or give a new output folder")
     sections, weights = engine.restore_chunks(saved["updates"])
     load_checkpoint(checkpoint, sections)
     load_chunks(checkpoint / "model", weights)

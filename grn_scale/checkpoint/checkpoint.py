@@ -156,7 +156,7 @@ def _refuse_used(run_folder: Path) -> None:
     if not run_folder.is_dir():
         return
     used = sorted(entry.name for entry in run_folder.iterdir()
-                  if layout.STEP_FOLDER.fullmatch(entry.name.removesuffix(layout.PARTIAL)) or entry.suffix == ".jsonl")
+                  if layout.STEP_FOLDER.fullmatch(entry.name.removesuffix(layout.PARTIAL)) or entry.suffix == ".jsonl" or entry.name == "config.yaml")
     if used:
         raise ConfigError(f"run folder {run_folder} was used before (it holds {used[0]}); "
                           "resume it with --resume auto, or give another run folder")

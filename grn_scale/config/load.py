@@ -161,6 +161,8 @@ def apply_overrides(values: dict[str, Any], overrides: Iterable[str], cls: type,
         values[section] = node
         while "." in rest:
             head, _, rest = rest.partition(".")
+            if not isinstance(node.get(head) or {}, dict):
+                raise ConfigError(f"override {key}: {section}.{head} is {node[head]!r}, not a section")
             node[head] = dict(node.get(head) or {})
             node = node[head]
         node[rest] = value

@@ -173,6 +173,8 @@ class DataConfig:
                 f"{max(128, round(self.token_budget / 128) * 128)} is the nearest")
         require_positive("data", packs_per_step=self.packs_per_step, validation_packs=self.validation_packs,
                          window_shards=self.window_shards)
+        require(self.bad_sample_limit >= 0,
+                f"data.bad_sample_limit is {self.bad_sample_limit}, but must not be negative")
         for name in ("validation_fraction", "caption_drop", "i2v_share"):
             value = getattr(self, name)
             require(0 <= value < 1 or (name == "i2v_share" and value == 1),
@@ -200,6 +202,9 @@ class LossConfig:
     gamma: float = 0.5
     """A sample weighs (predicted tokens)^gamma, normalised over the global batch; 0 is uniform."""
 
+    def __post_init__(self) -> None:
+        require(0 <= self.gamma <= 1, f"loss.gamma is {self.gamma}, but must lie between 0 and 1")
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -216,7 +221,10 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         require_choice("optimizer.name", self.name, ("adamw", "sgd"))
-        require_positive("optimizer", lr=self.lr, clip_norm=self.clip_norm)
+        require_positive("optimizer", lr=self.lr, clip_norm=self.clip_norm, eps=self.eps)
+        require(all(0 <= beta < 1 for beta in self.betas),
+                f"optimizer.betas is {list(self.betas)}, but both must lie in [0, 1)")
+        require(self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}, but must not be negative")
         require(0 <= self.ema_decay < 1, f"optimizer.ema_decay is {self.ema_decay}, but must lie in [0, 1)")
 
 
@@ -234,6 +242,9 @@ class ScheduleConfig:
     def __post_init__(self) -> None:
         require_choice("schedule.kind", self.kind, ("constant", "cosine", "linear"))
         require(self.warmup_steps >= 0, f"schedule.warmup_steps is {self.warmup_steps}, but must not be negative")
+        for name in ("warmup_start", "end_factor"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"schedule.{name} is {value}, but must lie between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -255,6 +266,7 @@ class TrainConfig:
         require_choice("train.precision", self.precision, ("bf16", "fp32"))
         require_positive("train", steps=self.steps, checkpoint_every=self.checkpoint_every, keep_last=self.keep_last,
                          nonfinite_limit=self.nonfinite_limit)
+        require(self.threads >= 0, f"train.threads is {self.threads}, but must not be negative")
         require(self.validate_every >= 0, f"train.validate_every is {self.validate_every}, but must not be negative")
 
 
@@ -312,6 +324,8 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         require_positive("sampling", steps=self.steps, temperature=self.temperature, shift=self.shift)
+        require(0 <= self.guidance_start <= 1,
+                f"sampling.guidance_start is {self.guidance_start}, but must lie between 0 and 1")
         require(self.tmax >= 2, f"sampling.tmax is {self.tmax}, but must be at least 2")
 
 

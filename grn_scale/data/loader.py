@@ -1,8 +1,8 @@
 """From planned packs to the samples of each step, read ahead in the background.
 
 A step's packs are the plan's; this file only reads those of one data-parallel rank. A sample that cannot be read
-keeps its slot with `valid=False`, so packs, weights and the other ranks' work never change. All ranks of a
-model-parallel group must agree on `valid`: let one of them read and share, or compare.
+keeps its slot with `valid=False`, so packs, weights and the other ranks' work never change. The
+ranks that share a copy of the model compare their flags afterwards (`parallel.groups.agree`).
 """
 
 from __future__ import annotations

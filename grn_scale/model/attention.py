@@ -18,6 +18,10 @@ def packed_attention(q_SHE: torch.Tensor, k_SHE: torch.Tensor, v_SHE: torch.Tens
 
     Scale head_size^-0.5, no mask: segments of equal length run as one batched call.
     """
+    if not layout.groups:
+        # An empty pack: zeros that stay in the graph. A parameter without a gradient would take part neither in
+        # this rank's norm nor in its collectives, and ranks would differ.
+        return (q_SHE + k_SHE + v_SHE) * 0
     outputs = []
     for group in layout.groups:
         q = q_SHE[group.start:group.stop]
@@ -29,8 +33,7 @@ def packed_attention(q_SHE: torch.Tensor, k_SHE: torch.Tensor, v_SHE: torch.Tens
         q, k, v = (x.unflatten(0, (group.count, -1)).transpose(1, 2) for x in (q, k, v))
         out = _attend(q, k, v)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
-    filled = layout.groups[-1].stop if layout.groups else 0
-    outputs.append(q_SHE.new_zeros(layout.length - filled, *q_SHE.shape[1:]))
+    outputs.append(q_SHE.new_zeros(layout.length - layout.groups[-1].stop, *q_SHE.shape[1:]))
     return torch.cat(outputs)
 
 

@@ -7,8 +7,9 @@ replicas, and pipeline stages lie furthest apart.
 from __future__ import annotations
 
 import os
-
 from dataclasses import dataclass
+
+from grn_scale.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -82,5 +83,11 @@ class Dims:
 
 
 def world_size_from_environment() -> int:
-    """Number of processes that the launcher announces; 1 without a launcher."""
+    """Number of processes that the launcher announces; 1 without a launcher.
+
+    ConfigError where srun started several processes that do not know of each other.
+    """
+    if "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        raise ConfigError("srun started several processes, but WORLD_SIZE, RANK and MASTER_ADDR are not set, so each "
+                          "would train alone: start one torchrun a node (srun --ntasks-per-node=1 torchrun ...)")
     return int(os.environ.get("WORLD_SIZE", "1"))

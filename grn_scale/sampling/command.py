@@ -160,12 +160,12 @@ def _size(text: str | None) -> tuple[int, int] | None:
 def sample(source: Source, config: Config, request: Request) -> dict[str, Any]:
     """Sample what is asked for into the folder config.output; the content of samples.json.
 
-    Raises UserError where the folder holds samples already, or tokenizer or text encoder are not those the model was
+    Raises UserError where the folder holds anything already, or tokenizer or text encoder are not those the model was
     trained with.
     """
     folder = Path(config.output)
-    if (folder / SUMMARY).exists():
-        raise UserError(f"output: {folder} holds samples already; give another folder")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"output: {folder} is not an empty folder, and samples would replace what is there; give a new one")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(config.tokenizer.path).to(device)
     source.check_fingerprint("tokenizer", "tokenizer.path", tokenizer.fingerprint)

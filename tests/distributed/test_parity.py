@@ -32,10 +32,10 @@ def pools() -> Iterator[dict[int, RankPool]]:
         pool.close()
 
 
-def run(pools: dict[int, RankPool], ranks: int, config, steps: int) -> list[dict]:
+def run(pools: dict[int, RankPool], ranks: int, config, steps: int, empty: bool = False) -> list[dict]:
     if ranks not in pools or not pools[ranks].alive:
         pools[ranks] = RankPool(ranks)
-    return pools[ranks].run("tests.helpers.parity:engine_run", config=config, steps=steps)
+    return pools[ranks].run("tests.helpers.parity:engine_run", config=config, steps=steps, empty=empty)
 
 
 @lru_cache
@@ -97,3 +97,17 @@ def test_index_labels_and_layout_v1_are_split_over_tensor_ranks_too(pools) -> No
     expected = reference(5, model=model)
     results = run(pools, 2, parity_config(model=model, tensor=2), 5)
     assert results[0]["losses"] == pytest.approx(expected.losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("precision,stage", [("fp32", 0), ("fp32", 1), ("bf16", 1)])
+def test_a_rank_with_empty_packs_only_takes_part_in_the_step(pools, precision: str, stage: int) -> None:
+    # every second pack is empty: under data parallelism rank 1 has no sample at all
+    expected = plain_run(parity_config(precision=precision), 5, empty=True)
+    config = parity_config(precision=precision, stage=stage)
+    results = run(pools, 2, config, 5, empty=True)
+    close = 1e-4 if precision == "fp32" else 2e-2
+    assert results[0]["losses"] == pytest.approx(expected.losses, rel=close)
+    assert results[0]["norms"] == pytest.approx(expected.norms, rel=close)
+    if precision == "fp32":
+        found = gather(results, "model")
+        assert all(relative(found[name], weight) <= 1e-4 for name, weight in expected.weights.items())

@@ -40,6 +40,6 @@ def write_dataset(folder: Path, clips: int = 24) -> Path:
 
 
 def train_arguments(dataset: Path, output: Path, *more: str) -> list[str]:
-    return ["train", *MODEL, f"data.dataset={dataset}/tokens", f"output={output}", "data.token_budget=128",
+    return ["train", *MODEL, f"data.dataset={dataset}/tokens", f"tokenizer.path={dataset}/tokenizer.safetensors", f"output={output}", "data.token_budget=128",
             "data.packs_per_step=2", "data.validation_fraction=0.2", "data.i2v_share=0.3", "data.validation_packs=2",
             "train.steps=8", "train.checkpoint_every=4", "train.validate_every=4", "schedule.warmup_steps=2", *more]

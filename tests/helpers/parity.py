@@ -42,13 +42,16 @@ def parity_config(*, optimizer: str = "adamw", precision: str = "fp32", tensor: 
                                 virtual_pipeline=virtual_pipeline, recompute=recompute))
 
 
-def packs_of_step(step: int, config: Config) -> tuple[list[list[Sample]], dict[int, float]]:
-    """PACKS packs of T2I, T2V and I2V samples of different length, and the loss weight of each draw."""
+def packs_of_step(step: int, config: Config, empty: bool = False) -> tuple[list[list[Sample]], dict[int, float]]:
+    """PACKS packs of T2I, T2V and I2V samples of different length, and the loss weight of each draw.
+
+    empty: every second pack has no sample, as in an epoch's last step.
+    """
     rng = np.random.default_rng([config.seed, step])
     packs, draws, index = [], [], step * 1000
-    for _ in range(PACKS):
+    for number in range(PACKS):
         samples, tokens = [], 0
-        while True:
+        while not (empty and number % 2):
             t = int(rng.integers(1, 4))
             task = "T2I" if t == 1 else str(rng.choice(["T2V", "I2V"]))
             draw = Draw(index, f"k{index}", index, (t, int(rng.integers(2, 4)), int(rng.integers(2, 4))), 1.0, task,
@@ -66,8 +69,9 @@ def packs_of_step(step: int, config: Config) -> tuple[list[list[Sample]], dict[i
     return packs, {i: power / total for i, power in powers.items()}
 
 
-def batches_of_step(step: int, config: Config, packs: Sequence[int] | None = None) -> list[PackedBatch]:
-    samples, weights = packs_of_step(step, config)
+def batches_of_step(step: int, config: Config, packs: Sequence[int] | None = None,
+                    empty: bool = False) -> list[PackedBatch]:
+    samples, weights = packs_of_step(step, config, empty)
     chosen = range(PACKS) if packs is None else packs
     return [assemble(samples[i], weights, config=config.model, noise=config.noise, seed=config.seed,
                      length=BUDGET, device=torch.device("cpu")) for i in chosen]
@@ -81,7 +85,7 @@ class Trace:
     average: dict[str, torch.Tensor]
 
 
-def plain_run(config: Config, steps: int) -> Trace:
+def plain_run(config: Config, steps: int, empty: bool = False) -> Trace:
     """Plain torch: fp32 masters, and in bf16 a bf16 copy of the model whose gradients are added up in fp32."""
     model = build_model(config.model, config.seed)
     masters = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
@@ -98,7 +102,7 @@ def plain_run(config: Config, steps: int) -> Trace:
         loss_sum = 0.0
         for master in masters.values():
             master.grad = torch.zeros_like(master)
-        for batch in batches_of_step(step, config):
+        for batch in batches_of_step(step, config, empty=empty):
             loss = _loss(model, batch)
             model.zero_grad()
             loss.backward()
@@ -120,7 +124,7 @@ def _loss(model: GRN, batch: PackedBatch) -> torch.Tensor:
     return label_loss(model(batch.input), batch.targets_PD, batch.sample_P, batch.label_weight_N).weighted
 
 
-def engine_run(config: Config, steps: int) -> dict:
+def engine_run(config: Config, steps: int, empty: bool = False) -> dict:
     """One rank of the engine's run; every rank returns the chunks it owns."""
     from megatron.core import parallel_state
 
@@ -134,7 +138,8 @@ def engine_run(config: Config, steps: int) -> dict:
         rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         losses, norms = [], []
         for step in range(steps):
-            result = engine.train_step(batches_of_step(step, config, range(rank, PACKS, size)), config.optimizer.lr)
+            batches = batches_of_step(step, config, range(rank, PACKS, size), empty)
+            result = engine.train_step(batches, config.optimizer.lr)
             assert result.applied
             losses.append(result.sums.loss)
             norms.append(result.gradient_norm)

@@ -151,4 +151,4 @@ def test_a_folder_that_is_no_run_or_holds_samples_is_refused(parts, tmp_path, ca
     assert "give a step folder" in capsys.readouterr().err
     (tmp_path / "samples.json").write_text("{}")
     assert main(["sample", "--run", parts["run"], "--prompt", "x", f"output={tmp_path}"]) == 1
-    assert "holds samples already" in capsys.readouterr().err
+    assert "not an empty folder" in capsys.readouterr().err
