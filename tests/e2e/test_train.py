@@ -80,7 +80,7 @@ def test_two_processes_with_tensor_parallelism_train_and_resume_the_same_in_bf16
     (("model.rounds=3",), 2, "model.rounds is 3"),
     (("--resume", "must"), 1, "checkpoint"),
     (("data.dataset=/nowhere",), 1, "dataset.json"),
-    (("tokenizer.path=small",), 1, "fingerprint"),
+    (("tokenizer.path=small",), 1, "was made by the tokenizer"),
 ])
 def test_what_cannot_run_is_refused_with_one_message_and_no_run_folder(dataset, tmp_path, more, code, message) -> None:
     done = grn_scale(*train_arguments(dataset, tmp_path / "run", *more), expect=code)
