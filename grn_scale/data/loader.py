@@ -114,7 +114,7 @@ def _shard_name(dataset: Source, draw: Draw) -> str:
     return dataset.info.video_shards[dataset.locate(draw.row).shard].name
 
 
-def _placeholder(dataset: Source, draw: Draw) -> Sample:
+def _zeros(dataset: Source, draw: Draw) -> Sample:
     bits = np.zeros(_packed_bytes(dataset, draw), dtype=np.uint8)
     states = torch.zeros(draw.text_tokens, dataset.info.text_hidden_size, dtype=torch.bfloat16)
     return Sample(draw, bits, states, valid=False)
@@ -122,7 +122,7 @@ def _placeholder(dataset: Source, draw: Draw) -> Sample:
 
 def _read_draw(dataset: Source, draw: Draw, skip: Collection[str]) -> tuple[Sample, BadSample | None]:
     if draw.key in skip:
-        return _placeholder(dataset, draw), None
+        return _zeros(dataset, draw), None
     try:
         return read_sample(dataset, draw), None
     except CorruptSample as error:
@@ -130,7 +130,7 @@ def _read_draw(dataset: Source, draw: Draw, skip: Collection[str]) -> tuple[Samp
     except OSError as error:
         bad = BadSample(_shard_name(dataset, draw), draw.key, str(error), unreadable=True)
     log.warning("%s: sample %s is left out: %s", bad.shard, bad.key, bad.reason)
-    return _placeholder(dataset, draw), bad
+    return _zeros(dataset, draw), bad
 
 
 def read_pack(dataset: Source, pack: Pack, skip: Collection[str] = (), *, run: Callable = map,

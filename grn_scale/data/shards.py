@@ -33,7 +33,8 @@ DATASET_FILE = "dataset.json"
 BLOCK = 512
 """Tar headers and payloads start at multiples of this."""
 CACHED_PARTS = 64
-CACHED_TEXTS = 4096
+CACHED_TEXT_BYTES = 256 * 2**20
+"""For texts of 512 tokens; shorter ones take less."""
 OPEN_FILES = 64
 
 K = TypeVar("K")
@@ -157,7 +158,8 @@ class Dataset:
         self.info = info
         self._first_rows = [0, *accumulate(shard.samples for shard in info.video_shards)]
         self._parts: _Recent[int, list[IndexRow]] = _Recent(CACHED_PARTS)
-        self._texts: _Recent[str, torch.Tensor] = _Recent(CACHED_TEXTS)
+        self._texts: _Recent[str, torch.Tensor] = _Recent(
+            max(16, CACHED_TEXT_BYTES // (512 * info.text_hidden_size * 2)))
         self._files: _Recent[str, BinaryIO] = _Recent(OPEN_FILES)
         self._text_index: _TextIndex | None = None
         self._text_index_lock = threading.Lock()

@@ -90,7 +90,8 @@ def validate(run: Run, step: int) -> None:
     sums = run.engine.evaluate(run.validation)
     means = noise_bin_means(sums.bins)
     labels = sums.bins[:, 2].sum().clamp(min=1)
-    row = {"validation_loss": sums.loss, "validation_bit_accuracy": (sums.bins[:, 1].sum() / labels).item(),
+    row = {"validation_loss": sums.loss, "validation_bad_samples": sums.bad_samples,
+           "validation_bit_accuracy": (sums.bins[:, 1].sum() / labels).item(),
            **{f"validation_{name}": values for name, values in means.items()}}
     run.metrics.write(step, row)
     run.progress.validated(step, row)

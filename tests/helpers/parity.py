@@ -151,6 +151,33 @@ def engine_run(config: Config, steps: int, empty: bool = False) -> dict:
         parallel_state.destroy_model_parallel()
 
 
+def run_with_a_poisoned_step(config: Config) -> dict:
+    """Three steps, and the same three with one in between whose loss is not a number; chunks of both runs."""
+    from megatron.core import parallel_state
+
+    from grn_scale.parallel import groups
+
+    device = groups.start(config.parallel)
+    from grn_scale.parallel.engine import TrainEngine
+
+    try:
+        found = {}
+        rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        for name, poisoned in (("clean", False), ("poisoned", True)):
+            engine = TrainEngine(config, device)
+            for step in range(3):
+                batches = batches_of_step(step, config, range(rank, PACKS, size))
+                if poisoned and step == 1:
+                    nan = [dataclasses.replace(b, label_weight_N=b.label_weight_N * torch.nan) for b in batches]
+                    assert not engine.train_step(nan, config.optimizer.lr).applied
+                assert engine.train_step(batches, config.optimizer.lr).applied
+            found[name] = [(c.name, c.global_shape, c.offset, c.tensor.detach().float().clone().numpy())
+                           for c in engine.state_chunks()["model"]]
+        return found
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
 def gather(results: list[dict], section: str) -> dict[str, torch.Tensor]:
     """Global tensors from the chunks of all ranks; every element must be covered."""
     tensors: dict[str, torch.Tensor] = {}
