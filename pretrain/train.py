@@ -54,9 +54,11 @@ def check_before_start(config: Config) -> None:
     from grn_scale.data.shards import Dataset
     from grn_scale.parallel.dims import world_size_from_environment
     from grn_scale.tokenizer import load_tokenizer
+    from grn_scale.train.metrics import check_wandb
 
     check_set(config, "data.dataset", "output")
     check_layout(config, world_size_from_environment())
+    check_wandb(config.logging)
     dataset = Dataset.open(config.data.dataset)
     check_training(config, dataset.info)
     dataset.check_tokenizer(load_tokenizer(config.tokenizer.path).fingerprint)

@@ -26,6 +26,13 @@ Value = float | int | str | None
 Values = Mapping[str, Value | Sequence[Value]]
 
 
+def check_wandb(settings: LoggingConfig) -> None:
+    """ConfigError where wandb is asked for and not installed."""
+    if settings.wandb != "off" and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(f"logging.wandb is {settings.wandb!r}, but wandb is not installed: "
+                          "pip install wandb, or set logging.wandb=off")
+
+
 class MetricsLog:
     """Appends the rows of one attempt; a context manager.
 
@@ -43,9 +50,7 @@ class MetricsLog:
         self._wandb = None
         if not writes:
             return
-        if settings.wandb != "off" and importlib.util.find_spec("wandb") is None:
-            raise ConfigError(f"logging.wandb is {settings.wandb!r}, but wandb is not installed: "
-                              "pip install wandb, or set logging.wandb=off")
+        check_wandb(settings)
         starts = [row for row in _lines(self.path) if row.get("event") == "start"]
         self.run_id = starts[0]["run"] if starts else uuid.uuid4().hex[:12]
         self.attempt = starts[-1]["attempt"] + 1 if starts else 1
