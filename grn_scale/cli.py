@@ -40,7 +40,7 @@ COMMANDS = (
     Command("train", "grn_scale.pretrain.train", "pretrain on token shards (alone, or under torchrun)",
             "grn-scale train --config configs/runs/demo.yaml data.dataset=tokens/ output=runs/first"),
     Command("train-tokenizer", "grn_scale.tokenizer.training", "train a video tokenizer",
-            "grn-scale train-tokenizer --config configs/tokenizer/small.yaml output=runs/tokenizer"),
+            "grn-scale train-tokenizer --config configs/tokenizer/small.yaml data.manifest=clips.jsonl output=runs/tokenizer"),
     Command("sample", "grn_scale.sampling.command", "sample videos from a checkpoint",
             "grn-scale sample --run runs/first text.encoder=encoder/ --prompt 'a red circle moves left' output=samples/"),
     Command("bench", "grn_scale.perf.bench", "measure tokenization, shard reading and training, as JSON",
