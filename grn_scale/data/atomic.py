@@ -31,7 +31,7 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
-    except BaseException as error:
+    except BaseException as error:  # whatever ends the write, also Ctrl-C, no half-written file may stay; raised again
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise UserError(f"cannot write {path}: {DISK_FULL[error.errno]}; the unfinished file is removed and "

@@ -172,7 +172,7 @@ class DecodePool:
         worker = self._idle.get()
         try:
             result = worker.decode(request, self.timeout_seconds)
-        except BaseException as failure:
+        except BaseException as failure:  # a worker left in the middle of a reply must not be used again; raised again
             started = worker.ready
             status = worker.close()
             self._workers.discard(worker)

@@ -196,7 +196,7 @@ class PackLoader:
         self._ahead.append(self._loader.submit(self._load))
         try:
             return self._ahead.popleft().result()
-        except BaseException:
+        except BaseException:  # no step follows a failed one: stop the threads, and raise it again
             self.close()
             raise
 

@@ -137,6 +137,7 @@ def test_only_the_part_of_a_shard_is_read_and_then_kept(folder):
 
 
 def test_several_threads_and_a_pickled_copy_read_the_same(folder):
+    # our own bytes, of this process: worker processes receive a dataset this way
     dataset = pickle.loads(pickle.dumps(Dataset.open(folder)))
     with ThreadPoolExecutor(8) as pool:
         states = list(pool.map(lambda i: dataset.read_text(text_key_of(i % 7)), range(200)))
