@@ -17,9 +17,10 @@ from typing import Any
 
 import xxhash
 
-from grn_scale.data.atomic import write_json
+from grn_scale.atomic import write_json
 from grn_scale.data.manifest import Clip
 from grn_scale.data.schema import ShardInfo
+from grn_scale.data.shards import DATASET_FILE
 from grn_scale.tokenizer.text import clean_caption
 
 PREPROCESSING_VERSION = 1
@@ -110,6 +111,18 @@ def finished(record: ChunkRecord | None, made_from: str, folder: Path) -> bool:
         return False
     path = folder / record.shard.name
     return path.is_file() and path.stat().st_size == record.shard.bytes
+
+
+def retire_shard(shard: Path, record_path: Path) -> None:
+    """Call before a shard is made: the record of an old one, and a finished dataset that reads it, would not fit."""
+    if shard.exists() or record_path.exists():
+        retire_dataset(shard.parent)
+        record_path.unlink(missing_ok=True)
+
+
+def retire_dataset(folder: Path) -> None:
+    """Call before anything changes that a finished dataset of this folder reads; it is finished again at the end."""
+    (folder / DATASET_FILE).unlink(missing_ok=True)
 
 
 def digest(parts: Sequence[object]) -> str:

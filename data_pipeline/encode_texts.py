@@ -10,11 +10,12 @@ import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from grn_scale.data_pipeline.chunks import ChunkRecord, digest, finished, read_record, retire_shard, write_record
+from grn_scale.data_pipeline.meter import Meter
+
 from grn_scale.data.index_parts import TEXT_SCHEMA, part_path, read_table, write_text_part
 from grn_scale.data.schema import Caption, TextRef
 from grn_scale.data.shards import write_shard
-from grn_scale.data_pipeline.chunks import ChunkRecord, digest, finished, read_record, write_record
-from grn_scale.data_pipeline.meter import Meter
 from grn_scale.errors import UserError
 from grn_scale.tokenizer.text import TextEncoder, tagged_caption, text_key
 
@@ -89,8 +90,7 @@ class TextStage:
             self.kept += 1
             self._tokens.update(known)
             return record
-        # From here on the old record would describe a shard that is being replaced.
-        record_path.unlink(missing_ok=True)
+        retire_shard(shard, record_path)
         rows = []
         with write_shard(shard) as writer:
             entries = list(texts.items())

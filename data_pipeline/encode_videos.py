@@ -14,25 +14,33 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
+from grn_scale.data_pipeline.chunks import (
+    ChunkRecord,
+    Problem,
+    Source,
+    StoredClip,
+    VideoSettings,
+    digest,
+    find_sources,
+    finished,
+    read_record,
+    retire_shard,
+    write_record,
+)
+from grn_scale.data_pipeline.meter import Meter
 
 from grn_scale.config.schema import TokenizeConfig
 from grn_scale.data.decode import DecodedClip, DecodeError, DecodeRequest
 from grn_scale.data.decode_pool import DecodePool
 from grn_scale.data.manifest import Clip
 from grn_scale.data.shards import ShardWriter, write_shard
-from grn_scale.data_pipeline.chunks import (
-    ChunkRecord, Problem, Source, StoredClip, VideoSettings, digest, find_sources, finished, read_record, write_record)
-from grn_scale.data_pipeline.meter import Meter
 from grn_scale.errors import DoNotRequeue
-from grn_scale.hbq import pack_bits, quantize_bits, to_token_major
+from grn_scale.hbq import pack_bits
+from grn_scale.tokenizer.clips import encode_frames
 from grn_scale.tokenizer.video import VideoTokenizer
 
 WAITING_BYTES = 1 << 30
 """Decoded frames that may wait for others of their shape; above it the fullest batch runs as it is."""
-WHOLE_CLIP_FRAMES = 33
-"""Longer clips are encoded in pieces of PIECE_GROUPS groups of four frames, so that memory stays bounded."""
-PIECE_GROUPS = 8
 
 
 @dataclass(frozen=True)
@@ -130,11 +138,11 @@ class VideoStage:
     def _make(self, chunk: VideoChunk, decoded: Iterator[tuple[DecodeRequest, DecodedClip | DecodeError]],
               keys: Counter[str], budget: _BadBudget) -> ChunkRecord:
         record_path = self.record_path(chunk.number)
-        # From here on the old record would describe a shard that is being replaced.
-        record_path.unlink(missing_ok=True)
+        shard = self.folder / f"video-{chunk.number:06d}.tar"
+        retire_shard(shard, record_path)
         rows: list[StoredClip] = []
         bad: dict[str, Problem] = {}
-        with write_shard(self.folder / f"video-{chunk.number:06d}.tar") as writer:
+        with write_shard(shard) as writer:
             batches = _Batches(self.config.batch_clips)
             for source in chunk.todo:
                 with self.meter.timed("decode_wait"):
@@ -218,15 +226,3 @@ class _Batches:
         batch = self._waiting.pop(shape)
         self._bytes -= sum(clip.frames.nbytes for _, clip in batch)
         return batch
-
-
-@torch.inference_mode()
-def encode_frames(tokenizer: VideoTokenizer, frames: np.ndarray, rounds: int) -> list[torch.Tensor]:
-    """Bits of each clip, uint8 [t, h, w, rounds * latent_channels] on the CPU, of uint8 frames [B, T, H, W, 3]."""
-    parameter = next(tokenizer.parameters())
-    video = torch.from_numpy(frames).to(parameter.device).movedim(-1, 1).to(parameter.dtype) / 127.5 - 1
-    if video.shape[2] <= WHOLE_CLIP_FRAMES:
-        features = tokenizer.encode(video)
-    else:
-        features = tokenizer.encode_chunked(video, PIECE_GROUPS)
-    return list(to_token_major(quantize_bits(features.float(), rounds)).cpu().unbind())

@@ -52,7 +52,7 @@ def plan_document(index: Index, config: Config, world_size: int, steps: range) -
     dims = Dims.of_world(world_size, config.parallel.tensor, config.parallel.pipeline)
     data, model = config.data, config.model
     plan = Plan.of(index, data, config.seed)
-    check_step_size(plan, data.packs_per_step, dims.data)
+    check_step_size(plan, data.packs_per_step)
     cost = Cost.of_shape(model.num_layers, model.hidden_size, model.ffn_hidden_size)
     return {"snapshot": index.snapshot, "settings": plan.settings, "token_budget": data.token_budget,
             "packs_per_step": data.packs_per_step, "samples": plan.samples, "packs_in_epoch": plan.packs_in_epoch(0),

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from grn_scale.data.atomic import write_json
+from grn_scale.atomic import write_json
 from grn_scale.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -21,19 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from grn_scale.command_line import CommandParser, run, save_config, start_logging
-from grn_scale.config.check import check_set
-from grn_scale.config.schema import Config
-from grn_scale.data.atomic import write_bytes, write_json
-from grn_scale.data.index_parts import part_path, snapshot_of, write_video_part
-from grn_scale.data.manifest import load_manifest
-from grn_scale.data.schema import FORMAT_VERSION, DatasetInfo, IndexRow
-from grn_scale.data.shards import DATASET_FILE, write_dataset_info
-from grn_scale.data_pipeline.chunks import ChunkRecord, Source, VideoSettings
+from grn_scale.data_pipeline.chunks import ChunkRecord, Source, VideoSettings, retire_dataset
 from grn_scale.data_pipeline.encode_texts import TextStage
 from grn_scale.data_pipeline.encode_videos import VideoStage
 from grn_scale.data_pipeline.meter import Meter
+
+from grn_scale.atomic import write_bytes, write_json
+from grn_scale.command_line import CommandParser, run, save_config, start_logging
+from grn_scale.config.check import check_output, check_set
+from grn_scale.config.schema import Config
+from grn_scale.data.index_parts import part_path, snapshot_of, write_video_part
+from grn_scale.data.manifest import load_manifest
+from grn_scale.data.schema import FORMAT_VERSION, DatasetInfo, IndexRow
+from grn_scale.data.shards import write_dataset_info
 from grn_scale.errors import ConfigError, UserError
 from grn_scale.tokenizer import load_tokenizer
 from grn_scale.tokenizer.text import load_text_encoder
@@ -52,6 +52,7 @@ def tokenize(config: Config) -> dict[str, Any]:
     `tokenize.max_bad_fraction`; quarantine.jsonl is written in that case too.
     """
     check_set(config, "data.manifest", "output", "text.encoder")
+    check_output(config.output)
     clips = load_manifest(config.data.manifest)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_tokenizer(config.tokenizer.path).to(device)
@@ -62,7 +63,6 @@ def tokenize(config: Config) -> dict[str, Any]:
         fps=config.tokenize.fps, max_frames=config.tokenize.max_frames, latent_side=config.tokenize.latent_side)
     folder = Path(config.output)
     with _own(folder, settings, config), Meter(folder / "status.json") as meter:
-        (folder / DATASET_FILE).unlink(missing_ok=True)
         videos = VideoStage(folder, settings, config.tokenize, tokenizer, meter)
         try:
             video_records = videos.run(clips)
@@ -95,8 +95,6 @@ def _own(folder: Path, settings: VideoSettings, config: Config) -> Iterator[None
     """The output folder, made or taken up again, for this process alone while the block runs."""
     job = {"about": "output of grn-scale tokenize", "video": dataclasses.asdict(settings),
            "shard_samples": config.tokenize.shard_samples}
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output: {folder} is a file; give a folder")
     if not (folder / JOB_FILE).is_file():
         if folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"output: {folder} is not empty and was not made by `grn-scale tokenize`; give a new "
@@ -168,6 +166,7 @@ def _write_index(folder: Path, config: Config, settings: VideoSettings, videos: 
     text_shards = [record.shard for record in text_records if record.shard.samples]
     if not video_shards:
         raise UserError(f"no line of {config.data.manifest} gives a sample; see {folder / QUARANTINE_FILE}")
+    retire_dataset(folder)
     samples = tokens = 0
     with videos.meter.stage("index", len(video_shards)):
         for shard, record in enumerate(record for record in video_records if record.rows):

@@ -178,6 +178,7 @@ def decode_samples(dataset: Dataset, config: Config, count: int, manifest: str |
     from grn_scale.data.decode import DecodeRequest, decode_clip
     from grn_scale.hbq import dequantize_bits, to_channel_major, unpack_bits
     from grn_scale.tokenizer import load_tokenizer
+    from grn_scale.tokenizer.clips import psnr, to_frames
 
     info = dataset.info
     tokenizer = load_tokenizer(config.tokenizer.path)
@@ -191,8 +192,8 @@ def decode_samples(dataset: Dataset, config: Config, count: int, manifest: str |
         result: dict[str, Any] = {"key": row.key, "latent_shape": list(row.thw),
                                   "bit_entropy_by_round": _entropies(bits.numpy(), info.rounds)}
         with torch.inference_mode():
-            video = tokenizer.decode(dequantize_bits(to_channel_major(bits)[None], info.rounds))[0]
-        frames = ((video.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(0, -1).numpy()
+            video = tokenizer.decode(dequantize_bits(to_channel_major(bits)[None], info.rounds))
+        frames = to_frames(video)[0]
         if manifest:
             clip = sources.get(row.key)
             if clip is None:
@@ -201,14 +202,15 @@ def decode_samples(dataset: Dataset, config: Config, count: int, manifest: str |
             truth = decode_clip(DecodeRequest(
                 str(clip.path), info.fps, config.tokenize.max_frames, clip.begin_frame, clip.end_frame,
                 height=frames.shape[1], width=frames.shape[2])).frames
-            result.update(id=clip.id, psnr_db=round(_psnr(frames, truth), 3))
+            result.update(id=clip.id, psnr_db=round(psnr(frames, truth), 3))
         results.append(result)
     return results
 
 
 def _sources(dataset: Dataset, manifest: str, config: Config) -> dict[str, Any]:
-    from grn_scale.data.manifest import load_manifest
     from grn_scale.data_pipeline.chunks import VideoSettings, find_sources
+
+    from grn_scale.data.manifest import load_manifest
 
     info = dataset.info
     settings = VideoSettings(info.tokenizer_fingerprint, info.latent_channels, info.rounds, info.fps,
@@ -222,11 +224,6 @@ def _entropies(bits: np.ndarray, rounds: int) -> list[float]:
     share = bits.reshape(-1, rounds, bits.shape[-1] // rounds).mean(axis=0).clip(1e-12, 1 - 1e-12)
     entropy = -(share * np.log2(share) + (1 - share) * np.log2(1 - share))
     return [round(float(value), 4) for value in entropy.mean(axis=1)]
-
-
-def _psnr(frames: np.ndarray, truth: np.ndarray) -> float:
-    error = np.mean((frames.astype(np.float64) - truth.astype(np.float64)) ** 2)
-    return 10 * math.log10(255**2 / error) if error else math.inf
 
 
 def _tracked(shards: tuple[ShardInfo, ...], name: str, progress: bool) -> Iterator[ShardInfo]:

@@ -32,7 +32,8 @@ COMMANDS = (
     Command("manifest", "grn_scale.data_pipeline.manifest", "check a manifest, or count what it holds",
             "grn-scale manifest validate clips.jsonl"),
     Command("tokenize", "grn_scale.data_pipeline.tokenize_clips", "turn clips and captions into token shards",
-            "grn-scale tokenize --config configs/runs/demo.yaml text.encoder=encoder/ data.manifest=clips.jsonl output=tokens/"),
+            "grn-scale tokenize --config configs/runs/demo.yaml text.encoder=encoder/ data.manifest=clips.jsonl "
+            "output=tokens/"),
     Command("index", "grn_scale.data_pipeline.index", "show which samples each rank reads at each step",
             "grn-scale index plan --dataset tokens/ --config configs/runs/demo.yaml"),
     Command("verify", "grn_scale.data_pipeline.verify", "check every payload of a dataset against its checksums",
@@ -40,9 +41,9 @@ COMMANDS = (
     Command("train", "grn_scale.pretrain.train", "pretrain on token shards (alone, or under torchrun)",
             "grn-scale train --config configs/runs/demo.yaml data.dataset=tokens/ output=runs/first"),
     Command("train-tokenizer", "grn_scale.tokenizer.training", "train a video tokenizer",
-            "grn-scale train-tokenizer --config configs/tokenizer/small.yaml data.manifest=clips.jsonl output=runs/tokenizer"),
+            "grn-scale train-tokenizer --config configs/tokenizer/small.yaml data.manifest=a.jsonl output=runs/tok"),
     Command("sample", "grn_scale.sampling.command", "sample videos from a checkpoint",
-            "grn-scale sample --run runs/first text.encoder=encoder/ --prompt 'a red circle moves left' output=samples/"),
+            "grn-scale sample --run runs/first text.encoder=encoder/ --prompt 'a red circle' output=samples/"),
     Command("bench", "grn_scale.perf.bench", "measure tokenization, shard reading and training, as JSON",
             "grn-scale bench --config configs/runs/demo.yaml"),
 )

@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from grn_scale.atomic import write_bytes
 from grn_scale.errors import ConfigError, UserError
 
 EXIT_INTERRUPTED = 130
@@ -41,7 +42,9 @@ def run(main: Callable[[list[str]], int], argv: list[str] | None = None) -> int:
     try:
         return main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        print(f"{_rank_prefix()}error: {error}", file=sys.stderr, flush=True)
+        # All processes refuse a configuration alike: one of each node says so.
+        if not (isinstance(error, ConfigError) and int(os.environ.get("LOCAL_RANK", "0"))):
+            print(f"{_rank_prefix()}error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
@@ -114,9 +117,7 @@ def save_config(config: Any, folder: Path) -> Path:
     text = config_yaml(config)
     logging.getLogger("grn_scale").info("resolved configuration:\n%s", text)
     path = folder / "config.yaml"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_bytes(path, text.encode())
     return path
 
 

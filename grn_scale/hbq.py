@@ -98,7 +98,7 @@ def to_channel_major(labels: torch.Tensor) -> torch.Tensor:
 
 
 def pack_bits(bits: torch.Tensor | np.ndarray) -> bytes:
-    """Bytes of bits [t, h, w, D] (0 or 1, row-major, the first bit highest in its byte); the last byte is zero-filled."""
+    """Bytes of bits [t, h, w, D] (0 or 1, row-major, first bit highest in its byte); the last byte is zero-filled."""
     array = bits.numpy(force=True) if isinstance(bits, torch.Tensor) else np.asarray(bits)
     if array.size and (array.min() < 0 or array.max() > 1):
         raise UserError(f"bits hold values from {array.min()} to {array.max()}, but only 0 and 1 can be packed")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from grn_scale import __version__
 from grn_scale.command_line import CommandParser, run, save_config, start_logging
-from grn_scale.config.check import check_layout, check_set, check_training
+from grn_scale.config.check import check_layout, check_output, check_set, check_training
 from grn_scale.config.load import to_dict
 from grn_scale.config.schema import Config
 from grn_scale.errors import ConfigError
@@ -57,6 +57,7 @@ def check_before_start(config: Config) -> None:
     from grn_scale.train.metrics import check_wandb
 
     check_set(config, "data.dataset", "output")
+    check_output(config.output)
     check_layout(config, world_size_from_environment())
     check_wandb(config.logging)
     dataset = Dataset.open(config.data.dataset)
@@ -75,6 +76,7 @@ def train_run(config: Config, resume: str) -> None:
     from grn_scale.data.shards import Dataset
     from grn_scale.parallel import groups
     from grn_scale.perf.flops import peak_flops
+    from grn_scale.train.bad_samples import BadSamples
     from grn_scale.train.loop import Run, train
     from grn_scale.train.metrics import MetricsLog
     from grn_scale.train.progress import TrainingProgress
@@ -89,7 +91,7 @@ def train_run(config: Config, resume: str) -> None:
 
     try:
         folder, first = Path(config.output), torch.distributed.get_rank() == 0
-        checkpoint = resolve_resume(resume, folder)
+        checkpoint = resolve_resume(resume, folder, groups.host())
         data_rank, data_size = groups.data_parallel()
         engine = TrainEngine(config, device)
         position = restore(engine, checkpoint, plan)
@@ -99,15 +101,18 @@ def train_run(config: Config, resume: str) -> None:
         assemble = functools.partial(pack_batch, config=config, device=device)
         cost = Cost.of_shape(config.model.num_layers, config.model.hidden_size, config.model.ffn_hidden_size)
         loader = PackLoader(dataset, plan, position.data, packs_per_step=config.data.packs_per_step, cost=cost,
-                            gamma=config.loss.gamma, dp_rank=data_rank, dp_size=data_size,
-                            bad_sample_limit=config.data.bad_sample_limit)
+                            gamma=config.loss.gamma, dp_rank=data_rank, dp_size=data_size)
+        bad_samples = BadSamples(folder, config.data.bad_sample_limit, position.data.skip, groups.gather_objects,
+                                 writes=first)
         validation = validation_batches(dataset, held_out, config, data_rank, data_size, assemble) if held_out else []
         peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         total_peak = peak and peak * torch.distributed.get_world_size()
         save = functools.partial(save_state, engine, dataset, config)
-        with (loader, MetricsLog(folder, position.step, config.logging, writes=first, config=to_dict(config)) as metrics,
+        with (loader,
+              MetricsLog(folder, position.step, config.logging, writes=first, config=to_dict(config)) as metrics,
               TrainingProgress(config.train.steps, position.step, shown=first) as progress):
-            train(Run(config, engine, loader, assemble, validation, metrics, progress, save, total_peak), position)
+            train(Run(config, engine, loader, assemble, validation, bad_samples, metrics, progress, save, total_peak),
+                  position)
     finally:
         groups.stop()
 
@@ -149,6 +154,7 @@ def restore(engine: TrainEngine, checkpoint: Path | None, plan: Plan) -> Positio
     from grn_scale.checkpoint.checkpoint import load_checkpoint, read_state
     from grn_scale.checkpoint.store import load_chunks
     from grn_scale.data.plan import DataState
+    from grn_scale.parallel import groups
     from grn_scale.train.loop import Position
 
     if checkpoint is None:
@@ -158,8 +164,8 @@ def restore(engine: TrainEngine, checkpoint: Path | None, plan: Plan) -> Positio
         raise ConfigError(f"{checkpoint} stands at step {saved['step']}, beyond train.steps = "
                           f"{engine.config.train.steps}: raise train.steps, or give a new output folder")
     sections, weights = engine.restore_chunks(saved["updates"])
-    load_checkpoint(checkpoint, sections)
-    load_chunks(checkpoint / "model", weights)
+    load_checkpoint(checkpoint, sections, groups.host())
+    load_chunks(checkpoint / "model", weights, groups.host())
     engine.finish_restore()
     log.info("resumed from %s: step %d, %d samples seen; weights, optimizer, moving average and data position restored",
              checkpoint, saved["step"], saved["samples_seen"])
@@ -182,7 +188,7 @@ def save_state(engine: TrainEngine, dataset: Dataset, config: Config, position: 
         "dataset": {"tokenizer_fingerprint": info.tokenizer_fingerprint, "text_fingerprint": info.text_fingerprint,
                     "fps": info.fps},
         "versions": {"grn_scale": __version__, "torch": torch.__version__, "python": platform.python_version()},
-    }, keep_last=config.train.keep_last)
+    }, keep_last=config.train.keep_last, group=groups.host())
 
 
 if __name__ == "__main__":

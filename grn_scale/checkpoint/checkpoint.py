@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from grn_scale.atomic import PARTIAL, write_json
 from grn_scale.checkpoint import layout
 from grn_scale.checkpoint.chunks import Chunk
-from grn_scale.checkpoint.index import FORMAT_VERSION, INDEX_NAME, ChunkIndex, read_json, write_json
+from grn_scale.checkpoint.index import FORMAT_VERSION, INDEX_NAME, ChunkIndex, read_json
 from grn_scale.checkpoint.ranks import RankError, Ranks
 from grn_scale.checkpoint.store import load_chunks, save_chunks
 from grn_scale.errors import ConfigError, UserError
@@ -156,7 +157,8 @@ def _refuse_used(run_folder: Path) -> None:
     if not run_folder.is_dir():
         return
     used = sorted(entry.name for entry in run_folder.iterdir()
-                  if layout.STEP_FOLDER.fullmatch(entry.name.removesuffix(layout.PARTIAL)) or entry.suffix == ".jsonl" or entry.name == "config.yaml")
+                  if entry.suffix == ".jsonl" or entry.name == "config.yaml"
+                  or layout.STEP_FOLDER.fullmatch(entry.name.removesuffix(PARTIAL)))
     if used:
         raise ConfigError(f"run folder {run_folder} was used before (it holds {used[0]}); "
                           "resume it with --resume auto, or give another run folder")

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from grn_scale.atomic import write_json
 from grn_scale.errors import UserError
 
 FORMAT_VERSION = 1
@@ -115,16 +116,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a JSON object, but holds a {type(content).__name__}")
     return content
-
-
-def write_json(path: Path, content: dict[str, Any], indent: int | None = 1) -> None:
-    """Write a JSON object atomically and durably: temporary name, fsync, rename. No NaN, no infinity."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=indent, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def sha256_of(path: Path) -> str:

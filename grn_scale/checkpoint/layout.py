@@ -22,15 +22,23 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from grn_scale.atomic import PARTIAL, write_json
 from grn_scale.checkpoint.index import (
-    FILE_NAME, FORMAT_VERSION, INDEX_NAME, ChunkIndex, read_json, require_version, sha256_of, sync_folder, write_json)
+    FILE_NAME,
+    FORMAT_VERSION,
+    INDEX_NAME,
+    ChunkIndex,
+    read_json,
+    require_version,
+    sha256_of,
+    sync_folder,
+)
 from grn_scale.checkpoint.ranks import Ranks
 from grn_scale.errors import UserError
 
 STATE_NAME = "state.json"
 SEAL = "SEAL"
 COMPLETE = "COMPLETE"
-PARTIAL = ".partial"
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 SECTION = re.compile(r"[a-z][a-z0-9_]*")
 

@@ -15,7 +15,7 @@ import os
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,28 +24,40 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata, Metadata, MetadataIndex, StorageMeta, TensorProperties, TensorStorageMetadata)
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import (
-    LoadItemType, LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType)
+    LoadItemType,
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
 from grn_scale.checkpoint.chunks import Box, Chunk, check_cover, intersect, narrow
 from grn_scale.checkpoint.index import (
-    DTYPE_NAMES, INDEX_NAME, ChunkIndex, StoredChunk, StoredFile, StoredTensor, sync_folder)
+    DTYPE_NAMES,
+    INDEX_NAME,
+    ChunkIndex,
+    StoredChunk,
+    StoredFile,
+    StoredTensor,
+    sync_folder,
+)
 from grn_scale.checkpoint.ranks import Failure, Ranks, raise_failures
 from grn_scale.checkpoint.tensor_file import Entry, write_tensor_file
 from grn_scale.errors import UserError
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What a load that is not strict left out, over all ranks."""
-
-    missing: tuple[str, ...]
-    """Asked for, but not in the folder: these chunks keep their values."""
-    unused: tuple[str, ...]
-    """In the folder, but asked for by no rank."""
 
 
 def save_chunks(folder: str | Path, chunks: Sequence[Chunk], group: dist.ProcessGroup | None = None) -> ChunkIndex:
@@ -62,30 +74,25 @@ def save_chunks(folder: str | Path, chunks: Sequence[Chunk], group: dist.Process
     return ranks.first(lambda: writer.index)
 
 
-def load_chunks(folder: str | Path, chunks: Sequence[Chunk], group: dist.ProcessGroup | None = None,
-                strict: bool = True, *, cast: bool = False) -> LoadReport:
+def load_chunks(folder: str | Path, chunks: Sequence[Chunk], group: dist.ProcessGroup | None = None) -> None:
     """Fill the tensors of `chunks` in place from a chunk folder, whatever boxes it was saved in.
 
-    Each rank reads the bytes that it needs and no others. Returns what was left out; with `strict` every tensor
-    asked for must be there and every tensor there must be asked for by some rank. UserError, on every rank and
-    naming the tensors, otherwise, and for another global shape, or another dtype unless `cast` allows it.
+    Each rank reads the bytes that it needs and no others. UserError, on every rank and naming the tensors, where one
+    asked for is missing, one that is there is asked for by no rank, or global shape or dtype differ.
     """
-    return _load(Path(folder), chunks, Ranks(group), strict, cast)
+    _load(Path(folder), chunks, Ranks(group))
 
 
-def load_chunks_alone(folder: str | Path, chunks: Sequence[Chunk], strict: bool = True, *,
-                      cast: bool = False) -> LoadReport:
+def load_chunks_alone(folder: str | Path, chunks: Sequence[Chunk]) -> None:
     """`load_chunks` in this process only, also inside a distributed job."""
-    return _load(Path(folder), chunks, Ranks(alone=True), strict, cast)
+    _load(Path(folder), chunks, Ranks(alone=True))
 
 
-def _load(folder: Path, chunks: Sequence[Chunk], ranks: Ranks, strict: bool, cast: bool) -> LoadReport:
+def _load(folder: Path, chunks: Sequence[Chunk], ranks: Ranks) -> None:
     index: list[ChunkIndex] = []
     ranks.all(lambda: index.append(ChunkIndex.read(folder)))
-    planner = _LoadPlanner(chunks, index[0], strict, cast)
-    reader = _Reader(folder, index[0])
+    planner, reader = _LoadPlanner(chunks, index[0]), _Reader(folder, index[0])
     _through_torch(ranks, lambda **options: dcp.load({}, storage_reader=reader, planner=planner, **options))
-    return planner.report
 
 
 def _through_torch(ranks: Ranks, call: Callable[..., object]) -> None:
@@ -237,16 +244,13 @@ class _Writer(StorageWriter):
 class _LoadPlanner(LoadPlanner):
     """Read items for every overlap of a wanted box with a stored one.
 
-    Only names travel to the coordinator, for the report; the items stay on the rank that needs them.
+    Only names travel to the coordinator, which compares them; the items stay on the rank that needs them.
     """
 
-    def __init__(self, chunks: Sequence[Chunk], index: ChunkIndex, strict: bool, cast: bool) -> None:
+    def __init__(self, chunks: Sequence[Chunk], index: ChunkIndex) -> None:
         self.chunks = chunks
         self.index = index
-        self.strict = strict
-        self.cast = cast
         self.items: list[ReadItem] = []
-        self.report = LoadReport((), ())
 
     def set_up_planner(self, state_dict: dict, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
         pass  # chunks and index came with the constructor
@@ -260,9 +264,9 @@ class _LoadPlanner(LoadPlanner):
                 continue
             if stored.shape != chunk.global_shape:
                 problems.append(f"{chunk.name} has shape {chunk.global_shape} here and {stored.shape} there")
-            elif stored.dtype != chunk.tensor.dtype and not self.cast:
+            elif stored.dtype != chunk.tensor.dtype:
                 problems.append(f"{chunk.name} is {DTYPE_NAMES.get(chunk.tensor.dtype, chunk.tensor.dtype)} here and "
-                                f"{DTYPE_NAMES[stored.dtype]} there, and no cast was asked for")
+                                f"{DTYPE_NAMES[stored.dtype]} there")
             else:
                 self.items += _read_items(i, chunk, stored)
         if problems:
@@ -272,15 +276,13 @@ class _LoadPlanner(LoadPlanner):
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
         asked = set().union(*(plan.planner_data for plan in global_plan))
         there = set(self.index.tensors)
-        report = LoadReport(tuple(sorted(asked - there)), tuple(sorted(there - asked)))
-        problems = [f"{name} is missing in the checkpoint" for name in report.missing]
-        problems += [f"{name} is in the checkpoint, but nothing here takes it" for name in report.unused]
-        if self.strict and problems:
+        problems = [f"{name} is missing in the checkpoint" for name in sorted(asked - there)]
+        problems += [f"{name} is in the checkpoint, but nothing here takes it" for name in sorted(there - asked)]
+        if problems:
             raise UserError("the checkpoint does not fit:\n  " + "\n  ".join(problems))
-        return [LoadPlan([], planner_data=report) for _ in global_plan]
+        return [LoadPlan([]) for _ in global_plan]
 
     def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        self.report = central_plan.planner_data
         return LoadPlan(self.items)
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from grn_scale.atomic import atomic_file
 from grn_scale.checkpoint.index import StoredFile
 from grn_scale.errors import UserError
 
@@ -52,25 +52,20 @@ def write_tensor_file(path: Path, entries: Sequence[Entry]) -> StoredFile:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
 
-    partial = path.with_name(path.name + ".partial")
     digest = hashlib.sha256()
     try:
-        with open(partial, "wb", buffering=0) as file:
+        with atomic_file(path) as file:
             def put(data: bytes | memoryview) -> None:
                 for start in range(0, len(data), BLOCK):
                     block = memoryview(data)[start:start + BLOCK]
                     digest.update(block)
-                    while block:
-                        block = block[file.write(block):]
+                    file.write(block)
 
             put(len(text).to_bytes(8, "little") + text)
             for entry in entries:
                 put(_host_bytes(entry))
-            os.fsync(file.fileno())
             size = file.tell()
-        os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error.strerror or error}; free space or choose another folder, "
                         "the checkpoints already there stay as they are") from error
     return StoredFile(size, digest.hexdigest())

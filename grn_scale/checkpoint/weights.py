@@ -1,9 +1,8 @@
-"""Weights by official name out of whatever holds them, and a summary of a checkpoint."""
+"""Weights by official name out of whatever holds them."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -11,7 +10,7 @@ from safetensors.torch import load_file
 
 from grn_scale.checkpoint import layout
 from grn_scale.checkpoint.chunks import whole
-from grn_scale.checkpoint.index import DTYPE_NAMES, INDEX_NAME, ChunkIndex, read_json
+from grn_scale.checkpoint.index import ChunkIndex, read_json
 from grn_scale.config.schema import ModelConfig
 from grn_scale.errors import UserError
 
@@ -73,21 +72,3 @@ def find_checkpoint(path: Path) -> Path:
         raise UserError(f"no weights at {path}: give a step folder, a run folder with a complete checkpoint, "
                         "or a .safetensors file")
     return newest
-
-
-def describe(path: str | Path) -> dict[str, Any]:
-    """Plain values for a reader: path, step, versions, and of each section parameters, bytes and its tensors.
-
-    path: a step folder or a run folder. Reads the JSON files only.
-    """
-    path = find_checkpoint(Path(path))
-    content = read_json(path / INDEX_NAME)
-    return {
-        "path": str(path), "step": content["step"], "world_size": content["world_size"],
-        "versions": content["versions"],
-        "sections": {name: summary | {"tensors": {
-            tensor: {"dtype": DTYPE_NAMES[stored.dtype], "shape": list(stored.shape)}
-            for tensor, stored in ChunkIndex.read(path / name).tensors.items()}}
-            for name, summary in content["sections"].items()},
-        "state": sorted(read_json(path / layout.STATE_NAME)),
-    }

@@ -8,11 +8,13 @@ is known only to the plan.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grn_scale.config.schema import Config
-from grn_scale.errors import ConfigError
+from grn_scale.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from grn_scale.data.schema import DatasetInfo
@@ -28,6 +30,16 @@ def check_set(config: Config, *fields: str) -> None:
         if not value:
             problems.append(f"{name} is not set: give {name}=VALUE, or write it in the run file")
     _refuse(problems)
+
+
+def check_output(folder: str | Path) -> None:
+    """UserError unless the folder can be made or written to, as far as can be seen without writing."""
+    folder = Path(folder).absolute()
+    nearest = next(place for place in (folder, *folder.parents) if place.exists())
+    if not nearest.is_dir():
+        raise UserError(f"output: {nearest} is a file; give a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"output: {nearest} cannot be written to; give another folder, or change its permissions")
 
 
 def check_layout(config: Config, world_size: int) -> None:

@@ -165,7 +165,7 @@ class DataConfig:
     window_shards: int = 16
     """Shards that are shuffled and packed together; bounds the memory of planning."""
     bad_sample_limit: int = 1000
-    """Corrupt or unreadable samples after which the run stops (exit 78)."""
+    """More corrupt or unreadable samples than this, over all processes, stop the run (exit 78)."""
 
     def __post_init__(self) -> None:
         require(self.token_budget > 0 and self.token_budget % 128 == 0,
@@ -258,7 +258,7 @@ class TrainConfig:
     keep_last: int = 2
     """Checkpoints kept."""
     nonfinite_limit: int = 20
-    """Steps in a row whose loss or gradient is not finite, and which are skipped, after which the run stops (exit 78)."""
+    """Steps in a row whose loss or gradient is not finite and which are skipped; then the run stops (exit 78)."""
     threads: int = 0
     """CPU threads a process uses; 0 divides the machine's cores by its processes."""
 

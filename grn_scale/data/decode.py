@@ -19,8 +19,18 @@ from PIL import Image, ImageOps
 
 from grn_scale.data.buckets import Bucket, choose_bucket, nearest_ratio_key, whole_groups
 from grn_scale.data.video_index import (
-    IMAGE_SUFFIXES, DecodeError, VideoIndex, VideoInfo, frame_count, index_video, nearest_frames, open_for_reading,
-    probe, require_file, video_stream)
+    IMAGE_SUFFIXES,
+    DecodeError,
+    VideoIndex,
+    VideoInfo,
+    frame_count,
+    index_video,
+    nearest_frames,
+    open_for_reading,
+    probe,
+    require_file,
+    video_stream,
+)
 
 __all__ = ["DecodeError", "DecodeRequest", "DecodedClip", "VideoInfo", "decode_clip", "probe", "read_clip"]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from grn_scale.data.atomic import write_bytes
+from grn_scale.atomic import write_bytes
 from grn_scale.data.schema import Caption, IndexRow, TextRef, TextRow
 from grn_scale.errors import UserError
 

@@ -23,7 +23,7 @@ from grn_scale.data.packing import Cost, assign
 from grn_scale.data.plan import DataState, Index, Plan, sample_weights
 from grn_scale.data.schema import IndexRow
 from grn_scale.data.shards import CorruptSample
-from grn_scale.errors import ConfigError, DoNotRequeue
+from grn_scale.errors import ConfigError
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -157,23 +157,19 @@ class PackLoader:
     """
 
     def __init__(self, dataset: Source, plan: Plan, state: DataState, *, packs_per_step: int, cost: Cost,
-                 gamma: float, dp_rank: int = 0, dp_size: int = 1, threads: int = 2, prefetch: int = 2,
-                 bad_sample_limit: int = 1000) -> None:
+                 gamma: float, dp_rank: int = 0, dp_size: int = 1, threads: int = 2, prefetch: int = 2) -> None:
         """threads: samples read at a time; prefetch: steps read ahead, besides the one asked for.
 
-        Raises ConfigError where packs_per_step does not divide by dp_size, or the training split has fewer packs than
-        one step takes, or the state is not of this plan. While iterating: DoNotRequeue when more than bad_sample_limit
-        samples (those of the skip list included) are bad, and whatever else reading raised.
+        packs_per_step must divide by dp_size (`config.check.check_layout`). Raises ConfigError where the training split
+        has fewer packs than one step takes, or the state is not of this plan.
         """
-        check_step_size(plan, packs_per_step, dp_size)
-        if not 0 <= dp_rank < dp_size:
-            raise ValueError(f"dp_rank {dp_rank} does not lie below dp_size {dp_size}")
+        check_step_size(plan, packs_per_step)
+        if not 0 <= dp_rank < dp_size or packs_per_step % dp_size:
+            raise ValueError(f"{packs_per_step} packs cannot be cut for rank {dp_rank} of {dp_size}")
         plan.check_state(state)
         self._dataset, self._plan = dataset, plan
         self._packs_per_step, self._cost, self._gamma = packs_per_step, cost, gamma
         self._dp_rank, self._dp_size = dp_rank, dp_size
-        self._bad_sample_limit = bad_sample_limit
-        self._bad_keys = set(state.skip)
         self._state = state
         self._closed = False
         self._readers = ThreadPoolExecutor(threads, thread_name_prefix="grn-read")
@@ -215,26 +211,12 @@ class PackLoader:
         bad: list[BadSample] = []
         loaded = [LoadedPack(pack, read_pack(self._dataset, pack, state.skip, run=self._readers.map, on_bad=bad.append))
                   for pack in mine]
-        self._count(bad)
         self._state = after.with_skips(sample.key for sample in bad if sample.unreadable)
         return StepData(packs, loaded, sample_weights(packs, self._gamma), self._state, bad)
 
-    def _count(self, bad: list[BadSample]) -> None:
-        self._bad_keys.update(sample.key for sample in bad)
-        if bad and len(self._bad_keys) > self._bad_sample_limit:
-            last = bad[-1]
-            raise DoNotRequeue(
-                f"{len(self._bad_keys)} samples are corrupt or unreadable, more than data.bad_sample_limit = "
-                f"{self._bad_sample_limit}; the last one is {last.key} in {last.shard}: {last.reason}. "
-                "Check the dataset (grn-scale verify) and its storage, or raise the limit")
 
-
-def check_step_size(plan: Plan, packs_per_step: int, dp_size: int) -> None:
-    """Raise ConfigError where a step cannot be cut over the data-parallel ranks, or an epoch is smaller than a step."""
-    if packs_per_step < 1 or packs_per_step % dp_size:
-        nearest = max(1, round(packs_per_step / dp_size)) * dp_size
-        raise ConfigError(f"data.packs_per_step is {packs_per_step}, but must be a multiple of the data-parallel size "
-                          f"{dp_size}, so that every rank gets equally many packs: {nearest} is the nearest")
+def check_step_size(plan: Plan, packs_per_step: int) -> None:
+    """Raise ConfigError where an epoch is smaller than a step."""
     if plan.split == "train" and not plan.at_least(packs_per_step):
         packs = plan.packs_in_epoch(0)
         raise ConfigError(f"the dataset is too small for a step: an epoch of its {plan.samples} training samples is "

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import xxhash
 
-from grn_scale.data.atomic import atomic_file, write_json
+from grn_scale.atomic import atomic_file, write_json
 from grn_scale.data.index_parts import TEXT_SCHEMA, Payload, part_path, read_table, read_video_part
 from grn_scale.data.schema import FORMAT_VERSION, DatasetInfo, IndexRow, ShardInfo, TextRef, TextRow
 from grn_scale.errors import UserError

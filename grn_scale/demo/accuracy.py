@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from grn_scale.atomic import write_bytes, write_json
 from grn_scale.command_line import CommandParser, run, start_logging
 from grn_scale.config.check import check_set
 from grn_scale.config.schema import Config
-from grn_scale.data.atomic import write_bytes, write_json
 from grn_scale.data.buckets import bucket, latent_frames
 from grn_scale.demo import shapes
 from grn_scale.demo.detector import Detection, detect

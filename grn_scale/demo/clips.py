@@ -27,7 +27,7 @@ import av
 import numpy as np
 
 from grn_scale import keyed
-from grn_scale.data.atomic import write_bytes, write_json
+from grn_scale.atomic import write_bytes, write_json
 from grn_scale.demo import shapes
 from grn_scale.errors import UserError
 
@@ -173,11 +173,8 @@ def _render_all(folder: Path, clips: list[_Shape], side: int, frames: int, progr
 
 def _render(folder: Path, clip: _Shape, side: int, frames: int) -> None:
     data = encode_h264(shapes.render(clip.attributes, clip.seed, side, frames))
-    # Renamed into place but not forced to the disk: thousands of small files that can be made again.
-    path = folder / clip.file
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    # Not forced to the disk: thousands of small files that can be made again.
+    write_bytes(folder / clip.file, data, durable=False)
 
 
 def _shape_line(clip: _Shape, side: int, frames: int) -> dict[str, Any]:

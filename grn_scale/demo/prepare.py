@@ -35,8 +35,8 @@ def text_encoder(argv: list[str]) -> int:
     from grn_scale.data.manifest import load_manifest
     from grn_scale.demo.text_encoder import build_text_encoder
 
-    parser = CommandParser("demo.prepare text-encoder", "Write a small UMT5 encoder with random weights and the words of "
-                           "a manifest's captions as its pieces.", "python -m grn_scale.demo.prepare text-encoder "
+    parser = CommandParser("demo.prepare text-encoder", "Write a small UMT5 encoder with random weights and the words "
+                           "of a manifest's captions as its pieces.", "python -m grn_scale.demo.prepare text-encoder "
                            "--manifest clips/train.jsonl --output text_encoder/", configured=False)
     parser.add_argument("--manifest", required=True, metavar="FILE")
     parser.add_argument("--output", required=True, metavar="DIR")

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
 import sys
 from collections.abc import Sequence
@@ -17,15 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from grn_scale.atomic import write_json
 from grn_scale.command_line import CommandParser, run, start_logging
 from grn_scale.config.check import check_set
 from grn_scale.config.schema import Config
-from grn_scale.data.atomic import write_json
 from grn_scale.data.decode import DecodeError, DecodeRequest, decode_clip
 from grn_scale.data.manifest import Clip, load_manifest
 from grn_scale.errors import ConfigError, UserError
 from grn_scale.hbq import dequantize_bits, quantize_bits
 from grn_scale.tokenizer import load_tokenizer
+from grn_scale.tokenizer.clips import psnr, to_frames, to_video
 from grn_scale.tokenizer.video import VideoTokenizer
 
 RESULT = "reconstruction.json"
@@ -35,20 +35,9 @@ RESULT = "reconstruction.json"
 def reconstruct(tokenizer: VideoTokenizer, frames: np.ndarray, rounds: int) -> np.ndarray:
     """uint8 frames [T, height, width, 3] as they come back from `rounds` rounds of HBQ."""
     device = next(tokenizer.parameters()).device
-    video = torch.from_numpy(frames).to(device).movedim(-1, 0)[None].float() / 127.5 - 1
+    video = to_video(frames[None]).to(device)
     decoded = tokenizer.decode(dequantize_bits(quantize_bits(tokenizer.encode(video).float(), rounds), rounds))
     return to_frames(decoded)[0]
-
-
-def to_frames(video: torch.Tensor) -> np.ndarray:
-    """uint8 frames [B, T, height, width, 3] of decoded video [B, 3, T, height, width]."""
-    return ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
-
-
-def psnr(frames: np.ndarray, truth: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of uint8 frames; infinite where they are equal."""
-    error = np.mean((frames.astype(np.float64) - truth.astype(np.float64)) ** 2)
-    return 10 * math.log10(255**2 / error) if error else math.inf
 
 
 def measure(clips: Sequence[Clip], config: Config, tokenizer: VideoTokenizer, name: str) -> dict[str, Any]:

@@ -30,8 +30,8 @@ T2V_PROMPTS = 3
 def main(argv: list[str]) -> int:
     """Exit code of `grn-scale demo argv...`; a stage that fails gives its own."""
     parser = CommandParser("demo", "Run the whole job on a CPU: clips -> token shards -> training -> sampled videos, "
-                           "and measure what came out. Values given as key.sub=value go to every command that reads the "
-                           "configuration.", "grn-scale demo --output demo_out train.steps=800")
+                           "and measure what came out. Values given as key.sub=value go to every command that reads "
+                           "the configuration.", "grn-scale demo --output demo_out train.steps=800")
     parser.set_defaults(config=DEFAULT_CONFIG)
     parser.add_argument("--output", default="demo_out", metavar="DIR", help="folder for everything (default: demo_out)")
     parser.add_argument("--clips", type=int, default=5120, metavar="N", help="training clips to make (default: 5120)")

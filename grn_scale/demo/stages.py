@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from grn_scale.data.atomic import write_json
+from grn_scale.atomic import write_json
 from grn_scale.errors import ConfigError, UserError
 
 MARKER = "demo.json"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from grn_scale.data.atomic import write_json
+from grn_scale.atomic import write_json
 from grn_scale.demo import accuracy, reconstruction
 from grn_scale.errors import UserError
 from grn_scale.train.metrics import FILE_NAME, read_metrics

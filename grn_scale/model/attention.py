@@ -7,7 +7,6 @@ import torch.nn.functional as F
 
 from grn_scale.model.sequence import SequenceLayout
 
-
 SHORT_ON_CPU = 256
 """Keys of a segment up to which an explicit softmax beats torch's CPU kernel (its bf16 backward, fourfold at 23)."""
 

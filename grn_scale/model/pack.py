@@ -33,8 +33,6 @@ class PackedBatch:
     """fp32: signal ratio each sample was corrupted with (reported by noise level)."""
     labels_N: torch.Tensor
     """fp32: scored labels of each sample; 0 for a corrupt one."""
-    tokens: int
-    """Tokens without padding."""
 
 
 def sample_labels(sample: batch.Sample, config: ModelConfig) -> torch.Tensor:
@@ -71,5 +69,4 @@ def assemble(samples: Sequence[batch.Sample], weights: Mapping[int, float], *, c
     return PackedBatch(
         input=ModelInput(layout, mixed, text, share if config.layout == "v2" else ratio),
         targets_PD=labels[layout.predicted], sample_P=layout.visual_sample[layout.predicted],
-        label_weight_N=(weight / scored.double().clamp(min=1)).float(), ratio_N=ratio, labels_N=scored,
-        tokens=sum(d.tokens for d in draws))
+        label_weight_N=(weight / scored.double().clamp(min=1)).float(), ratio_N=ratio, labels_N=scored)

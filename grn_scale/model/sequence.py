@@ -163,7 +163,8 @@ def lay_out(grids: Sequence[Grid], layout: str, head_size: int, length: int | No
         seen += visual
     cos, sin = rotary_angles(positions, head_size)
     return SequenceLayout(
-        length, _cat(visual_rows), _cat(text_rows), torch.tensor([level_row[i] for i in range(len(grids))], dtype=torch.int64),
+        length, _cat(visual_rows), _cat(text_rows),
+        torch.tensor([level_row[i] for i in range(len(grids))], dtype=torch.int64),
         _cat(samples), _cat(indices), _cat(predicted), cos, sin, tuple(groups))
 
 

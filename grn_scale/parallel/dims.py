@@ -71,12 +71,6 @@ class Dims:
         """Ranks that together hold one copy of the model: tensor x pipeline."""
         return sorted(peer for stage in self.pipeline_group(rank) for peer in self.tensor_group(stage))
 
-    def first_stage(self, rank: int) -> bool:
-        return self.coordinate(rank).pipeline == 0
-
-    def last_stage(self, rank: int) -> bool:
-        return self.coordinate(rank).pipeline == self.pipeline - 1
-
     def _check(self, rank: int) -> None:
         if not 0 <= rank < self.world:
             raise ValueError(f"rank {rank} does not exist in a world of {self.world}")

@@ -210,7 +210,8 @@ class TrainEngine:
         del self._restored
 
     def _chunks(self, values: Sequence[torch.Tensor], prefix: str = "") -> list[Chunk]:
-        return [c for f, v in zip(self.fragments, values) for c in fragment_chunks(f, self.placements[f.name], v, prefix)]
+        return [chunk for fragment, value in zip(self.fragments, values)
+                for chunk in fragment_chunks(fragment, self.placements[fragment.name], value, prefix)]
 
     # -- construction --------------------------------------------------------------------------------------
 

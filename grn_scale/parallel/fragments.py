@@ -66,7 +66,7 @@ def seed_moments(optimizer: torch.optim.Optimizer, step: int) -> None:
 
 
 def fragment_chunks(fragment: Fragment, placement: Placement, values: torch.Tensor, prefix: str = "") -> list[Chunk]:
-    """`values` (flat, fp32, as long as the fragment) as boxes of official parameters; views, filled in place on load."""
+    """`values` (flat, fp32, as long as the fragment) as boxes of official parameters: views, a load fills them."""
     chunks = []
     for offset, size, start in fragment_boxes(fragment.shape, fragment.start, fragment.numel):
         count = 1

@@ -9,11 +9,23 @@ import torch
 import torch.distributed as dist
 
 from grn_scale.config.schema import ParallelConfig
+from grn_scale.errors import ConfigError
 from grn_scale.parallel import cpu_seam
 
+TIMEOUT = datetime.timedelta(minutes=10)
+"""A collective that takes longer means that a process is lost."""
+HOST_TIMEOUT = datetime.timedelta(minutes=60)
+"""Over the host group processes also wait for each other's files: a checkpoint is read back and hashed meanwhile."""
 
-def start(parallel: ParallelConfig, timeout_seconds: float = 600.0) -> torch.device:
-    """Join the job: process groups and megatron's parallel state. Returns this process's device."""
+_host: dist.ProcessGroup | None = None
+
+
+def start(parallel: ParallelConfig) -> torch.device:
+    """Join the job: process groups and megatron's parallel state. Returns this process's device.
+
+    ConfigError where a node has more processes than GPUs.
+    """
+    global _host
     cpu_seam.quiet_warnings()
     cpu_seam.install()
     cpu_seam.quiet_deepspeed()
@@ -22,19 +34,19 @@ def start(parallel: ParallelConfig, timeout_seconds: float = 600.0) -> torch.dev
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, value)
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", _local_gpu())
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        timeout = datetime.timedelta(seconds=timeout_seconds)
         if "MASTER_PORT" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
+            dist.init_process_group(backend, timeout=TIMEOUT)
         else:
             # one process without a launcher: no port has to be agreed on
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
             os.environ["MASTER_PORT"] = "0"
+    _host = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo",
@@ -49,6 +61,20 @@ def start(parallel: ParallelConfig, timeout_seconds: float = 600.0) -> torch.dev
     # Nothing of ours draws from these generators, but sequence parallelism forks them.
     model_parallel_cuda_manual_seed(0, force_reset_rng=True)
     return device
+
+
+def _local_gpu() -> int:
+    rank, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if rank >= count:
+        raise ConfigError(f"process {rank} of this node has no GPU: the node shows {count}; start at most {count} "
+                          "processes a node, or look at CUDA_VISIBLE_DEVICES")
+    return rank
+
+
+def host() -> dist.ProcessGroup:
+    """All processes over gloo: for Python objects and checkpoints, which must not pass through GPU collectives."""
+    assert _host is not None, "groups.start comes first"
+    return _host
 
 
 def data_parallel() -> tuple[int, int]:
@@ -74,17 +100,19 @@ def agree(flags: list[bool]) -> list[bool]:
 def gather_objects(value: object) -> list:
     """`value` of every process, in rank order, on every process."""
     values: list = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=host())
     return values
 
 
 def stop() -> None:
     """Leave the job; the process may start another one."""
+    global _host
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+    _host = None
 
 
 class DeepSpeedTopology:

@@ -43,8 +43,9 @@ class ParallelRMSNorm(torch.nn.Module):
     """`grn_scale.model.transformer.RMSNorm` whose weight's gradient is summed over tensor-parallel ranks
     where each of them sees only a part of the rows or heads."""
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = NORM_EPS) -> None:
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__()
+        self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size))
         self.sum_gradient = config.tensor_model_parallel_size > 1 and self.sees_a_part(config)
 
@@ -53,7 +54,7 @@ class ParallelRMSNorm(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = copy_to_tensor_model_parallel_region(self.weight) if self.sum_gradient else self.weight
-        return F.rms_norm(x.float(), x.shape[-1:], weight.float(), NORM_EPS).to(x.dtype)
+        return F.rms_norm(x.float(), x.shape[-1:], weight.float(), self.eps).to(x.dtype)
 
 
 class LocalHeadsRMSNorm(ParallelRMSNorm):

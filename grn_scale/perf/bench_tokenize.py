@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,24 +12,19 @@ from grn_scale.errors import UserError
 from grn_scale.perf.measure import rates, repeat, start_torch
 
 if TYPE_CHECKING:
-    import numpy as np
-    import torch
-
     from grn_scale.data.decode import DecodeRequest
-    from grn_scale.tokenizer.video import VideoTokenizer
-
-WHOLE_CLIP_FRAMES, PIECE_GROUPS = 33, 8
-"""Longer clips are encoded in pieces of so many groups of four frames, as `grn-scale tokenize` does it."""
 
 
 def bench_tokenize(config: Config, count: int, repeats: int) -> dict[str, Any]:
     """Frames a second of decoding (in config.tokenize.decode_processes children) and of encoding, each alone;
     `count` clips."""
-    import torch
+    import numpy as np
 
     from grn_scale.data.decode import DecodedClip
     from grn_scale.data.decode_pool import DecodePool
+    from grn_scale.hbq import pack_bits
     from grn_scale.tokenizer import load_tokenizer
+    from grn_scale.tokenizer.clips import encode_frames
 
     device = start_torch(config.train.threads)
     tokenizer = load_tokenizer(config.tokenizer.path).to(device)
@@ -45,9 +39,9 @@ def bench_tokenize(config: Config, count: int, repeats: int) -> dict[str, Any]:
     shape = clips[0].frames.shape
     batch = [clip.frames for clip in clips if clip.frames.shape == shape][:config.tokenize.batch_clips]
 
-    @torch.inference_mode()
     def encode() -> None:
-        _encode(tokenizer, batch, config.model.rounds, device)
+        for bits in encode_frames(tokenizer, np.stack(batch), config.model.rounds):
+            pack_bits(bits)
 
     encode_seconds = repeat(encode, repeats)
     frames = sum(len(clip.frames) for clip in clips)
@@ -81,17 +75,3 @@ def _requests(config: Config, count: int, folder: Path) -> list[DecodeRequest]:
             found.append((path, None, None))
     return [DecodeRequest(str(path), settings.fps, settings.max_frames, begin, end, latent_side=settings.latent_side)
             for path, begin, end in found]
-
-
-def _encode(tokenizer: VideoTokenizer, batch: Sequence[np.ndarray], rounds: int, device: torch.device) -> None:
-    """Frames of equal clips -> packed bits on the host, as `grn-scale tokenize` makes them."""
-    import numpy as np
-    import torch
-
-    from grn_scale.hbq import pack_bits, quantize_bits, to_token_major
-
-    video = torch.from_numpy(np.stack(batch)).to(device).movedim(-1, 1).float() / 127.5 - 1
-    long = video.shape[2] > WHOLE_CLIP_FRAMES
-    features = tokenizer.encode_chunked(video, PIECE_GROUPS) if long else tokenizer.encode(video)
-    for bits in to_token_major(quantize_bits(features.float(), rounds)).cpu():
-        pack_bits(bits)

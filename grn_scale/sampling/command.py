@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from grn_scale.atomic import write_bytes, write_json
 from grn_scale.command_line import CommandParser, run, start_logging
-from grn_scale.config.check import check_set
+from grn_scale.config.check import check_output, check_set
 from grn_scale.config.load import apply_overrides, build, to_dict
 from grn_scale.config.schema import Config, ModelConfig
-from grn_scale.data.atomic import write_bytes, write_json
 from grn_scale.data.buckets import CELL_PIXELS, choose_bucket, latent_frames, nearest_ratio_key, whole_groups
 from grn_scale.data.decode import DecodeError, DecodeRequest, decode_clip
 from grn_scale.errors import ConfigError, UserError
@@ -87,6 +87,7 @@ def main(argv: list[str]) -> int:
     if options.config is None:
         config = _run_config(source, options.overrides)
     check_set(config, "output", "text.encoder")
+    check_output(config.output)
     summary = sample(source, config, _request(options, config))
     print(json.dumps(summary, indent=1) if options.json else _table(summary, Path(config.output)))
     return 0
@@ -165,7 +166,7 @@ def sample(source: Source, config: Config, request: Request) -> dict[str, Any]:
     """
     folder = Path(config.output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"output: {folder} is not an empty folder, and samples would replace what is there; give a new one")
+        raise UserError(f"output: {folder} is not an empty folder, and samples would overwrite it; give a new one")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(config.tokenizer.path).to(device)
     source.check_fingerprint("tokenizer", "tokenizer.path", tokenizer.fingerprint)

@@ -15,6 +15,7 @@ import torch
 
 from grn_scale import hbq
 from grn_scale.config.schema import ModelConfig
+from grn_scale.tokenizer.clips import to_frames, to_video
 from grn_scale.tokenizer.video import VideoTokenizer
 
 BATCH_CELLS = 2048
@@ -24,12 +25,6 @@ BATCH_CELLS = 2048
 def to_features(labels: torch.Tensor, config: ModelConfig) -> torch.Tensor:
     """fp32 features [B, d, t, h, w] of labels [B, D, t, h, w] in the model's label form."""
     return (hbq.dequantize_bits if config.label_form == "bit" else hbq.dequantize_index)(labels, config.rounds)
-
-
-def to_frames(video: torch.Tensor) -> np.ndarray:
-    """uint8 RGB [B, T, H, W, 3] of a decoded video [B, 3, T, H, W] around [-1, 1]; truncated as in the reference."""
-    pixels = ((video.float() + 1) / 2).clamp_(0, 1).mul_(255).to(torch.uint8)
-    return pixels.permute(0, 2, 3, 4, 1).contiguous().cpu().numpy()
 
 
 @torch.inference_mode()
@@ -62,8 +57,7 @@ def _batches(items: Iterable[torch.Tensor], size: int) -> Iterator[list[torch.Te
 @torch.inference_mode()
 def encode_first_frame(tokenizer: VideoTokenizer, frame: np.ndarray, config: ModelConfig) -> torch.Tensor:
     """uint8 labels [D, 1, h, w] on the CPU of a picture, uint8 RGB [H, W, 3] of whole latent cells."""
-    pixels = torch.from_numpy(frame).permute(2, 0, 1)[None, :, None].float() / 127.5 - 1
-    features = tokenizer.encode(pixels.to(next(tokenizer.parameters()).device)).float()
+    features = tokenizer.encode(to_video(frame[None, None]).to(next(tokenizer.parameters()).device)).float()
     quantise = hbq.quantize_bits if config.label_form == "bit" else hbq.quantize_index
     return quantise(features, config.rounds)[0].cpu()
 

@@ -23,19 +23,25 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from grn_scale import keyed
+from grn_scale.atomic import write_bytes
 from grn_scale.command_line import CommandParser, config_yaml, run, save_config, start_logging
 from grn_scale.config.schema import LoggingConfig
-from grn_scale.data.atomic import write_bytes
 from grn_scale.data.decode import DecodedClip, DecodeRequest
 from grn_scale.data.decode_pool import DecodePool
 from grn_scale.data.manifest import Clip, load_manifest
 from grn_scale.errors import ConfigError, DoNotRequeue, UserError
 from grn_scale.hbq import dequantize_index, quantize_index, quantize_straight_through
+from grn_scale.tokenizer.clips import to_video
 from grn_scale.tokenizer.initialize import new_tokenizer
 from grn_scale.tokenizer.layers import use_channels_last
 from grn_scale.tokenizer.muon import Muon
 from grn_scale.tokenizer.training_config import (
-    ClipsConfig, OptimizerConfig, PhasesConfig, TokenizerTrainingConfig, split_names)
+    ClipsConfig,
+    OptimizerConfig,
+    PhasesConfig,
+    TokenizerTrainingConfig,
+    split_names,
+)
 from grn_scale.tokenizer.video import VideoTokenizer, VideoTokenizerShape
 from grn_scale.train.metrics import MetricsLog, read_metrics
 
@@ -125,12 +131,6 @@ def _cut(clip: np.ndarray, frames: int, crop: int, rng: np.random.Generator) -> 
     return clip[begin:begin + frames, top:top + crop, left:left + crop]
 
 
-def to_video(clips: np.ndarray) -> torch.Tensor:
-    """float32 [B, 3, T, H, W] in [-1, 1] of uint8 [B, T, H, W, 3], channels last in memory."""
-    video = torch.from_numpy(clips).movedim(-1, 1).float() / 127.5 - 1
-    return video.contiguous(memory_format=torch.channels_last_3d)
-
-
 class State:
     """All that training changes: weights, their moving average, Adam's moments, the number of updates done."""
 
@@ -212,7 +212,7 @@ def _is_matrix(parameter: torch.Tensor) -> bool:
 
 
 def _optimizer_state(tensors: dict[str, torch.Tensor], name: str, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What a checkpoint holds for one parameter; in the parameter's memory layout, so that sums run in the same order."""
+    """What a checkpoint holds for one parameter, in the parameter's memory layout, so that sums keep their order."""
     found = {key.split("/")[1]: value for key, value in tensors.items()
              if key.startswith("optimizer/") and key.split("/")[2] == name}
     return {key: value if key == "step" else torch.empty_like(parameter).copy_(value) for key, value in found.items()}
@@ -278,7 +278,8 @@ def train(state: State, sources: list[Source], held_out: list[Source], config: T
         done, ends = state.step, state.step == settings.steps
         if done % settings.log_every == 0 or ends:
             now = time.perf_counter()
-            metrics.write(done, {"loss": sum(recent) / len(recent), "grad_norm": norm, "lr": factor * config.optimizer.lr, "frames": frames,
+            metrics.write(done, {"loss": sum(recent) / len(recent), "grad_norm": norm,
+                                 "lr": factor * config.optimizer.lr, "frames": frames,
                                  "step_seconds": (now - since) / len(recent)})
             recent, since = [], now
         if held_out and (ends or settings.validate_every and done % settings.validate_every == 0):

@@ -107,7 +107,7 @@ class PhasesConfig:
         require(bool(self.phases), "train.phases is empty, but must hold at least one [steps, frames, clips]")
         for steps, frames, clips in self.phases:
             require(steps > 0 and clips > 0 and frames > 0 and frames % 4 == 1,
-                    f"train.phases holds {[steps, frames, clips]}, but steps and clips must be above 0 and frames 1 + 4k")
+                    f"train.phases holds {[steps, frames, clips]}, but steps and clips must be above 0, frames 1 + 4k")
         require_positive("train", checkpoint_every=self.checkpoint_every, log_every=self.log_every,
                          small_batch_factor=self.small_batch_factor)
         require(self.l1_weight >= 0 and self.mse_weight >= 0 and self.l1_weight + self.mse_weight > 0,

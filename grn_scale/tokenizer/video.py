@@ -15,8 +15,19 @@ from torch import nn
 
 from grn_scale.errors import UserError
 from grn_scale.tokenizer.layers import (
-    CausalConv3d, ChannelNorm, Downsample, History, MidAttention, ResidualBlock, Upsample, average_shortcut,
-    duplicate_shortcut, patchify, run, unpatchify)
+    CausalConv3d,
+    ChannelNorm,
+    Downsample,
+    History,
+    MidAttention,
+    ResidualBlock,
+    Upsample,
+    average_shortcut,
+    duplicate_shortcut,
+    patchify,
+    run,
+    unpatchify,
+)
 
 SPACE_STRIDE = 16
 TIME_STRIDE = 4
@@ -73,7 +84,8 @@ class Encoder(nn.Module):
         last = len(shape.multipliers) - 1
         self.conv1 = CausalConv3d(12, widths[0], 3)
         self.downsamples = nn.Sequential(*(
-            EncoderStage(widths[i], widths[i + 1], shape.residual_blocks, i < last, i < last and shape.time_downsample[i])
+            EncoderStage(widths[i], widths[i + 1], shape.residual_blocks, i < last,
+                         i < last and shape.time_downsample[i])
             for i in range(last + 1)))
         self.middle = nn.Sequential(ResidualBlock(widths[-1], widths[-1]), MidAttention(widths[-1]),
                                     ResidualBlock(widths[-1], widths[-1]))
@@ -164,7 +176,8 @@ class VideoTokenizer(nn.Module):
     def encode_chunked(self, video: torch.Tensor, groups: int = 1) -> torch.Tensor:
         """`encode` with the memory of frame 0, then of `groups` groups of four frames at a time."""
         self._check_video(video, first=True)
-        return torch.cat(list(self.encode_stream(video.tensor_split(_cuts(video.shape[2], TIME_STRIDE * groups), 2))), 2)
+        pieces = video.tensor_split(_cuts(video.shape[2], TIME_STRIDE * groups), 2)
+        return torch.cat(list(self.encode_stream(pieces)), 2)
 
     def decode_chunked(self, features: torch.Tensor, latents: int = 1) -> torch.Tensor:
         """`decode` with the memory of latent 0, then of `latents` latents at a time."""
@@ -180,8 +193,8 @@ class VideoTokenizer(nn.Module):
 
     def _check_video(self, video: torch.Tensor, first: bool) -> None:
         if video.ndim != 5 or video.shape[1] != 3 or not video.is_floating_point():
-            raise UserError(f"video is {video.dtype} {list(video.shape)}, but must be floating point [B, 3, T, H, W] in "
-                            "[-1, 1]")
+            raise UserError(f"video is {video.dtype} {list(video.shape)}, but must be floating point [B, 3, T, H, W] "
+                            "in [-1, 1]")
         frames, height, width = video.shape[2:]
         if height % SPACE_STRIDE or width % SPACE_STRIDE or not height or not width:
             raise UserError(f"video is {height} x {width} pixels, but both must be multiples of {SPACE_STRIDE}: "

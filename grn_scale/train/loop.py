@@ -16,6 +16,7 @@ from grn_scale.errors import DoNotRequeue
 from grn_scale.model.loss import noise_bin_means
 from grn_scale.model.pack import PackedBatch
 from grn_scale.perf.flops import model_flops
+from grn_scale.train.bad_samples import BadSamples
 from grn_scale.train.metrics import MetricsLog
 from grn_scale.train.progress import TrainingProgress
 from grn_scale.train.schedule import learning_rate
@@ -45,6 +46,7 @@ class Run:
     """Samples of a pack and the step's loss weights -> the batch on the device."""
     validation: Sequence[PackedBatch]
     """This rank's held-out packs, corrupted once and for all; empty without validation."""
+    bad_samples: BadSamples
     metrics: MetricsLog
     progress: TrainingProgress
     save: Callable[[Position], None]
@@ -54,7 +56,8 @@ class Run:
 
 
 def train(run: Run, position: Position) -> None:
-    """Train from `position` to config.train.steps; DoNotRequeue when too many steps in a row are not finite."""
+    """Train from `position` to config.train.steps; DoNotRequeue when too many samples are bad, or too many steps in a
+    row are not finite."""
     settings, not_finite = run.config.train, 0
     while position.step < settings.steps:
         if settings.validate_every and position.step % settings.validate_every == 0:
@@ -73,6 +76,8 @@ def train(run: Run, position: Position) -> None:
         row = metrics_row(run, data, result, rate, data_wait, time.perf_counter() - begin)
         run.metrics.write(position.step, row)
         run.progress.step(position.step, row)
+        if result.sums.bad_samples:
+            run.bad_samples.add(position.step, data.bad)
         not_finite = 0 if result.applied else not_finite + 1
         if not_finite >= settings.nonfinite_limit:
             raise DoNotRequeue(
@@ -101,7 +106,8 @@ def metrics_row(run: Run, data: StepData, result: StepResult, rate: float, data_
     """One row of metrics.jsonl: what a step learned, how much it read, and where its time went."""
     draws = [draw for pack in data.packs for draw in pack.draws]
     tokens = sum(draw.tokens for draw in draws)
-    flops = model_flops(run.config.model, ((d.visual_tokens, d.predicted_tokens, d.text_tokens, d.tokens) for d in draws))
+    lengths = ((d.visual_tokens, d.predicted_tokens, d.text_tokens, d.tokens) for d in draws)
+    flops = model_flops(run.config.model, lengths)
     row = {
         "loss": result.sums.loss, "gradient_norm": result.gradient_norm, "learning_rate": rate,
         "applied": int(result.applied), "samples": len(draws), "tokens": tokens,

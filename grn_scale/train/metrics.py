@@ -11,13 +11,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
 import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from grn_scale.atomic import atomic_file
 from grn_scale.config.schema import LoggingConfig
 from grn_scale.errors import ConfigError, UserError
 
@@ -127,9 +127,8 @@ def plot_metrics(folder: Path, name: str = "metrics.png") -> Path:
     _plot_by_noise(middle, rows, "loss_by_noise", "loss by signal ratio")
     _plot_by_noise(right, rows, "bit_accuracy_by_noise", "bit accuracy by signal ratio")
     path = folder / name
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    figure.savefig(temporary, format="png", dpi=110)
-    os.replace(temporary, path)
+    with atomic_file(path) as stream:
+        figure.savefig(stream, format="png", dpi=110)
     return path
 
 

@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 STAGES = ["clips", "text encoder", "manifest", "tokenize", "verify", "reconstruction", "train", "sample videos",
           "continue a picture", "accuracy"]
 TINY = ["--clips", "24", "--prompts", "3", "--seeds", "1", "model.hidden_size=32", "model.num_layers=2",
-        "model.num_heads=2", "model.ffn_hidden_size=64", "data.token_budget=128", "data.validation_fraction=0.2", "train.steps=3",
+        "model.num_heads=2", "model.ffn_hidden_size=64", "data.token_budget=128",
+        "data.validation_fraction=0.2", "train.steps=3",
         "train.validate_every=2", "train.precision=fp32", "schedule.warmup_steps=1", "tokenize.decode_processes=1",
         "sampling.steps=3", "sampling.tmax=3"]
 

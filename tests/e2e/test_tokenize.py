@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from grn_scale.data_pipeline import tokenize_clips, verify
 
 from grn_scale.data.manifest import ManifestError
 from grn_scale.data.shards import Dataset
-from grn_scale.data_pipeline import tokenize_clips, verify
 from grn_scale.errors import ConfigError, DoNotRequeue, UserError
 from tests.helpers.clips import caption, write_clip, write_manifest, write_text_encoder, write_tokenizer
 
@@ -157,7 +157,7 @@ def test_a_kill_in_the_middle_costs_only_the_unfinished_shard(prepared, made):
                                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
     try:
         deadline = time.monotonic() + 120
-        wanted = (output / "chunks/video-000000.json", output / ".video-000001.tar.tmp")
+        wanted = (output / "chunks/video-000000.json", output / "video-000001.tar.partial")
         while not all(path.exists() for path in wanted):
             assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < deadline
@@ -174,7 +174,7 @@ def test_a_kill_in_the_middle_costs_only_the_unfinished_shard(prepared, made):
     assert tars.keys() == {"video-000000.tar"}
     prepared.run("killed")
     assert stamps(output, "video-000000.tar") == tars
-    assert not list(output.glob(".*.tmp"))
+    assert not list(output.glob("*.partial"))
     assert content(output) == content(made)
 
 
@@ -273,7 +273,15 @@ def test_too_many_bad_clips_stop_the_job_for_good(prepared):
         prepared.run("too-bad", broken_lines(prepared), **{"tokenize.max_bad_fraction": 0.3})
     assert caught.value.exit_code == 78
     assert "missing" in (output / "quarantine.jsonl").read_text()
-    assert not (output / "dataset.json").exists() and not list(output.glob(".*.tmp"))
+    assert not (output / "dataset.json").exists() and not list(output.glob("*.partial"))
+
+
+def test_a_run_that_fails_before_it_replaces_anything_leaves_the_finished_dataset(prepared, copied):
+    before = content(copied)
+    with pytest.raises(DoNotRequeue):
+        prepared.run(str(copied), [*prepared.lines, {"path": "clips/absent.mp4", "caption": "absent"}])
+    assert content(copied) | {"quarantine.jsonl": b""} == before
+    assert not list(verify.find_damage(copied))
 
 
 def test_all_clips_bad_is_an_error_even_where_that_is_allowed(prepared):
@@ -323,10 +331,10 @@ def test_a_manifest_without_caption_is_refused_by_line(prepared):
 def test_a_full_disk_stops_with_one_message_and_the_next_run_goes_on(prepared, made):
     output = prepared.run("full", prepared.lines[:3])
     # The temporary name of the second shard leads to /dev/full, where every write fails with ENOSPC.
-    os.symlink("/dev/full", output / ".video-000001.tar.tmp")
+    os.symlink("/dev/full", output / "video-000001.tar.partial")
     with pytest.raises(UserError, match="video-000001.tar: no space left"):
         prepared.run("full")
-    assert not (output / "video-000001.tar").exists() and not list(output.glob(".*.tmp"))
+    assert not (output / "video-000001.tar").exists() and not list(output.glob("*.partial"))
     prepared.run("full")
     assert content(output) == content(made)
 

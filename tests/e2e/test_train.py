@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 from grn_scale.checkpoint import load_weights
+from grn_scale.data.plan import held_out
+from grn_scale.data.shards import Dataset
 from grn_scale.train.metrics import read_metrics
 from tests.helpers.jobs import ENVIRONMENT, command, grn_scale, train_arguments, write_dataset
 
@@ -72,6 +75,24 @@ def test_two_processes_with_tensor_parallelism_train_and_resume_the_same_in_bf16
     assert same_state(tmp_path / "a", tmp_path / "b")
 
 
+def test_a_corrupt_sample_is_recorded_once_and_more_than_the_limit_end_the_run_for_good(dataset, tmp_path) -> None:
+    damaged = Path(shutil.copytree(dataset, tmp_path / "damaged"))
+    shard = Dataset.open(damaged / "tokens")
+    row = next(row for row in shard.rows(0) if not held_out(row.key, 0.2))
+    with (damaged / "tokens/video-000000.tar").open("rb+") as file:
+        file.seek(row.offset)
+        byte = file.read(1)[0]
+        file.seek(row.offset)
+        file.write(bytes([byte ^ 1]))
+    grn_scale(*train_arguments(damaged, tmp_path / "run"), processes=2)
+    (line,) = (json.loads(line) for line in (tmp_path / "run/bad_samples.jsonl").read_text().splitlines())
+    assert line["key"] == row.key and line["shard"] == "video-000000.tar"
+    seen = [step for step in read_metrics(tmp_path / "run/metrics.jsonl") if step.get("bad_samples")]
+    assert seen and seen[0]["step"] == line["step"]
+    done = grn_scale(*train_arguments(damaged, tmp_path / "strict", "data.bad_sample_limit=0"), expect=78)
+    assert "1 samples are corrupt or unreadable" in done.stderr
+
+
 @pytest.mark.parametrize("more,code,message", [
     (("parallel.tensor=3",), 2, "parallel.tensor is 3"),
     (("parallel.pipeline=2",), 2, "start 2 processes"),
@@ -80,6 +101,7 @@ def test_two_processes_with_tensor_parallelism_train_and_resume_the_same_in_bf16
     (("model.rounds=3",), 2, "model.rounds is 3"),
     (("--resume", "must"), 1, "checkpoint"),
     (("data.dataset=/nowhere",), 1, "dataset.json"),
+    (("output=/dev/null/run",), 1, "output: /dev/null is a file"),
     (("tokenizer.path=small",), 1, "was made by the tokenizer"),
 ])
 def test_what_cannot_run_is_refused_with_one_message_and_no_run_folder(dataset, tmp_path, more, code, message) -> None:

@@ -15,11 +15,12 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def command(*arguments: str, processes: int = 1) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
-    return [sys.executable, *launcher, "-m", "grn_scale", *arguments]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [sys.executable, *(launcher if processes > 1 else []), "-m", "grn_scale", *arguments]
 
 
-def grn_scale(*arguments: str, processes: int = 1, expect: int = 0, timeout: float = 240) -> subprocess.CompletedProcess:
+def grn_scale(*arguments: str, processes: int = 1, expect: int = 0,
+              timeout: float = 240) -> subprocess.CompletedProcess:
     """Run `grn-scale ...` to its end; an AssertionError shows its output where the exit code is another."""
     done = subprocess.run(command(*arguments, processes=processes), capture_output=True, text=True, timeout=timeout,
                           env=ENVIRONMENT)
@@ -40,6 +41,7 @@ def write_dataset(folder: Path, clips: int = 24) -> Path:
 
 
 def train_arguments(dataset: Path, output: Path, *more: str) -> list[str]:
-    return ["train", *MODEL, f"data.dataset={dataset}/tokens", f"tokenizer.path={dataset}/tokenizer.safetensors", f"output={output}", "data.token_budget=128",
+    return ["train", *MODEL, f"data.dataset={dataset}/tokens", f"tokenizer.path={dataset}/tokenizer.safetensors",
+            f"output={output}", "data.token_budget=128",
             "data.packs_per_step=2", "data.validation_fraction=0.2", "data.i2v_share=0.3", "data.validation_packs=2",
             "train.steps=8", "train.checkpoint_every=4", "train.validate_every=4", "schedule.warmup_steps=2", *more]

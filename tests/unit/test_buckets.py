@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 from grn_scale.data.buckets import (
-    OFFICIAL_SIDES, RATIO_KEYS, RATIOS, Bucket, bucket, choose_bucket, latent_frames, nearest_ratio_key, whole_groups)
+    OFFICIAL_SIDES,
+    RATIO_KEYS,
+    RATIOS,
+    Bucket,
+    bucket,
+    choose_bucket,
+    latent_frames,
+    nearest_ratio_key,
+    whole_groups,
+)
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "resolution_table.json").read_text())
 ROWS = [dict(zip(GOLDEN["columns"], row)) for row in GOLDEN["rows"]]

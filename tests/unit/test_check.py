@@ -1,11 +1,13 @@
 """Rules between sections: what fits starts, what does not is refused with the nearest value that would."""
 
+import os
+
 import pytest
 
 from grn_scale.config import load_config
-from grn_scale.config.check import check_layout, check_set, check_training
+from grn_scale.config.check import check_layout, check_output, check_set, check_training
 from grn_scale.data.schema import DatasetInfo, TextRef
-from grn_scale.errors import ConfigError
+from grn_scale.errors import ConfigError, UserError
 
 DATASET = DatasetInfo(
     format_version=1, tokenizer_fingerprint="t", latent_channels=16, rounds=4, text_fingerprint="e",
@@ -103,3 +105,19 @@ def test_field_left_empty_is_named():
     check_set(config, "output")
     with pytest.raises(ConfigError, match="data.dataset is not set: give data.dataset=VALUE"):
         check_set(config, "output", "data.dataset")
+
+
+def test_an_output_that_cannot_be_a_folder_is_refused_and_nothing_is_made(tmp_path):
+    check_output(tmp_path / "a" / "b")
+    (tmp_path / "file").write_text("")
+    for place in ("file", "file/run"):
+        with pytest.raises(UserError, match="output: .*file is a file; give a folder"):
+            check_output(tmp_path / place)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_output_on_a_read_only_file_system_is_refused():
+    if os.access("/proc/sys", os.W_OK) or not os.access("/proc/sys", os.F_OK):
+        pytest.skip("/proc/sys can be written to here, or is not there")
+    with pytest.raises(UserError, match="output: /proc/sys cannot be written to"):
+        check_output("/proc/sys/run")

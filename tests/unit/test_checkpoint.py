@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 from grn_scale.checkpoint import layout, load_model_config, load_weights
 from grn_scale.checkpoint.checkpoint import load_checkpoint, resolve_resume, save_checkpoint
 from grn_scale.checkpoint.chunks import Chunk
-from grn_scale.checkpoint.weights import describe
 from grn_scale.config.load import to_dict
 from grn_scale.config.schema import ModelConfig
 from grn_scale.errors import ConfigError, UserError
@@ -81,14 +80,6 @@ def test_the_model_configuration_comes_back_from_the_state(tmp_path):
         load_model_config(save(tmp_path / "other", 1))
     with pytest.raises(UserError, match="give a checkpoint folder"):
         load_model_config(tmp_path / "run" / "step-00000001" / "state.json")
-
-
-def test_description_counts_parameters_and_names_tensors(tmp_path):
-    save(tmp_path, 4)
-    summary = describe(tmp_path)
-    assert summary["step"] == 4 and summary["state"] == ["lr", "step"]
-    assert summary["sections"]["model"]["parameters"] == 61
-    assert summary["sections"]["model"]["tensors"]["blocks.0.bias"] == {"dtype": "bfloat16", "shape": [6]}
 
 
 def test_no_file_of_a_checkpoint_is_a_pickle_or_an_archive(tmp_path):

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from grn_scale.checkpoint.chunks import (
-    Chunk, check_cover, first_hole, first_overlap, fragment_boxes, intersect, narrow, whole)
+    Chunk,
+    check_cover,
+    first_hole,
+    first_overlap,
+    fragment_boxes,
+    intersect,
+    narrow,
+    whole,
+)
 from grn_scale.errors import UserError
 
 SHAPES = [(), (1,), (7,), (3, 4), (1, 5), (4, 1), (2, 3, 4), (3, 1, 4), (1, 2, 1), (2, 2, 3, 2), (2, 1, 2, 1, 3)]

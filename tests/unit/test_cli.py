@@ -105,6 +105,17 @@ def test_error_of_a_higher_rank_says_which(monkeypatch, capsys):
     assert capsys.readouterr().err == "[rank 3] error: a\n"
 
 
+def test_what_all_processes_refuse_alike_is_said_once_a_node(monkeypatch, capsys):
+    def program(argv):
+        raise ConfigError("a")
+
+    for local_rank, said in (("0", "[rank 8] error: a\n"), ("1", "")):
+        monkeypatch.setenv("RANK", "8")
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        assert run(program, []) == 2
+        assert capsys.readouterr().err == said
+
+
 def test_interrupt_ends_with_130_and_a_defect_keeps_its_traceback():
     def interrupted(argv):
         raise KeyboardInterrupt

@@ -5,8 +5,8 @@ import pytest
 
 from grn_scale.demo import accuracy, shapes
 from grn_scale.demo.accuracy import prompts, sample_and_detect, score
-from grn_scale.demo.reconstruction import psnr
 from grn_scale.errors import ConfigError
+from grn_scale.tokenizer.clips import psnr
 
 
 def detections(make, asked):

@@ -52,7 +52,7 @@ def test_a_second_run_keeps_finished_files_and_may_add_more(tmp_path):
     assert (clip.stat().st_mtime_ns, clip.read_bytes()) == before
     clips = load_manifest(second.train)
     assert len(clips) == 5 and all(c.path.is_file() for c in clips)
-    assert not list(folder.rglob("*.tmp"))
+    assert not list(folder.rglob("*.partial"))
 
 
 def test_foreign_folders_and_other_settings_are_refused(tmp_path):

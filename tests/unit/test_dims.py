@@ -27,7 +27,6 @@ def test_tensor_ranks_are_neighbours_and_stages_lie_furthest_apart():
     assert dims.data_group(1) == [1, 3, 5, 7]
     assert dims.pipeline_group(1) == [1, 9]
     assert dims.model_group(0) == [0, 1, 8, 9]
-    assert dims.first_stage(7) and dims.last_stage(8)
     assert dims.coordinate(11) == Coordinate(tensor=1, data=1, pipeline=1)
 
 

@@ -17,7 +17,14 @@ from grn_scale.checkpoint.chunks import whole
 from grn_scale.cli import main
 from grn_scale.config.load import to_dict
 from grn_scale.config.schema import (
-    Config, ModelConfig, SamplingConfig, TextConfig, TokenizeConfig, TokenizerConfig, TrainConfig)
+    Config,
+    ModelConfig,
+    SamplingConfig,
+    TextConfig,
+    TokenizeConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
 from grn_scale.demo.text_encoder import HIDDEN_SIZE, build_text_encoder
 from grn_scale.model import build_model
 from grn_scale.sampling import Condition, SamplingSettings, generate

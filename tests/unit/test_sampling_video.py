@@ -18,7 +18,8 @@ from grn_scale.model import build_model
 from grn_scale.sampling import Condition, SamplingSettings, generate, video
 from grn_scale.sampling.film import Film
 from grn_scale.sampling.pictures import contact_sheet, film_strip, png_bytes, wrap
-from grn_scale.sampling.video import decode_clips, encode_first_frame, encode_mp4, spread, to_features, to_frames
+from grn_scale.sampling.video import decode_clips, encode_first_frame, encode_mp4, spread, to_features
+from grn_scale.tokenizer.clips import to_frames
 from grn_scale.tokenizer.video import VideoTokenizer, VideoTokenizerShape
 from tests.unit.test_model_golden import GOLDEN, golden_config
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from grn_scale.data.atomic import atomic_file
+from grn_scale.atomic import atomic_file
 from grn_scale.data.index_parts import part_path, snapshot_of, write_text_part, write_video_part
 from grn_scale.data.schema import FORMAT_VERSION, Caption, DatasetInfo, IndexRow, TextRef
 from grn_scale.data.shards import CorruptSample, Dataset, read_dataset_info, write_dataset_info, write_shard
@@ -241,7 +241,7 @@ def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path):
 
 def test_a_full_disk_is_one_clear_error_and_leaves_nothing(tmp_path):
     # The temporary name leads to /dev/full, where every write fails with ENOSPC.
-    os.symlink("/dev/full", tmp_path / ".video-000000.tar.tmp")
+    os.symlink("/dev/full", tmp_path / "video-000000.tar.partial")
     with pytest.raises(UserError, match="video-000000.tar: no space left.*run the same command again") as caught:
         with write_shard(tmp_path / "video-000000.tar") as writer:
             writer.add_video("a", bytes(1 << 20), {})

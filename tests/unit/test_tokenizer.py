@@ -11,9 +11,16 @@ from grn_scale.errors import UserError
 from grn_scale.hbq import dequantize_bits, quantize_bits
 from grn_scale.tokenizer import load_tokenizer
 from grn_scale.tokenizer.initialize import new_tokenizer
-from grn_scale.tokenizer.load import fingerprint
 from grn_scale.tokenizer.layers import (
-    CausalConv3d, History, average_shortcut, duplicate_shortcut, patchify, unpatchify, use_channels_last)
+    CausalConv3d,
+    History,
+    average_shortcut,
+    duplicate_shortcut,
+    patchify,
+    unpatchify,
+    use_channels_last,
+)
+from grn_scale.tokenizer.load import fingerprint
 from grn_scale.tokenizer.video import VideoTokenizer, VideoTokenizerShape
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"

@@ -14,13 +14,24 @@ from grn_scale.demo import shapes
 from grn_scale.demo.clips import encode_h264
 from grn_scale.errors import ConfigError, DoNotRequeue, UserError
 from grn_scale.tokenizer import load_tokenizer
+from grn_scale.tokenizer.clips import to_video
 from grn_scale.tokenizer.muon import orthogonal
 from grn_scale.tokenizer.training import (
-    CHECKPOINT, TOKENIZER, State, decode_sources, draw_batch, rate_factor, main, psnr, reconstruction_loss, to_video)
+    CHECKPOINT,
+    TOKENIZER,
+    State,
+    decode_sources,
+    draw_batch,
+    main,
+    psnr,
+    rate_factor,
+    reconstruction_loss,
+)
 from grn_scale.tokenizer.training_config import ClipsConfig, OptimizerConfig, PhasesConfig, TokenizerTrainingConfig
 from grn_scale.train.metrics import read_metrics
 
-TINY = ["model.dim=4", "model.dec_dim=4", "model.latent_channels=4", "model.residual_blocks=1", "data.decode_processes=1",
+TINY = ["model.dim=4", "model.dec_dim=4", "model.latent_channels=4", "model.residual_blocks=1",
+        "data.decode_processes=1",
         "data.sides=[16,32]", "data.crops=[16,32]", "data.crop_shares=[0.7,0.3]", "train.unquantized_steps=1",
         "train.log_every=1", "train.checkpoint_every=2", "train.threads=1", "optimizer.warmup_steps=1",
         "optimizer.muon_lr=0.01"]

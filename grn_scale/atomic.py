@@ -12,39 +12,44 @@ from typing import Any, BinaryIO
 
 from grn_scale.errors import UserError
 
+PARTIAL = ".partial"
+"""Ends the name of what is still being written."""
 DISK_FULL = {errno.ENOSPC: "no space left on the device", errno.EDQUOT: "the disk quota is spent",
              errno.EFBIG: "the file size limit is reached"}
 
 
 @contextmanager
-def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+def atomic_file(path: str | Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     """Binary stream that becomes `path` when the block ends; after an error nothing of it is left.
 
-    Written under a temporary name in the same folder, flushed to the disk, then renamed: a reader, or a run
-    after a kill, sees the old file or the whole new one. Raises UserError where the disk is full.
+    Written under a temporary name in the same folder, flushed to the disk (unless not `durable`: then a power cut
+    may lose it), then renamed: a reader, or a run after a kill, sees the old file or the whole new one. Raises
+    UserError where the disk is full.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(path.name + PARTIAL)
     try:
         with open(temporary, "wb") as stream:
             yield stream
             stream.flush()
-            os.fsync(stream.fileno())
+            if durable:
+                os.fsync(stream.fileno())
         os.replace(temporary, path)
     except BaseException as error:  # whatever ends the write, also Ctrl-C, no half-written file may stay; raised again
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise UserError(f"cannot write {path}: {DISK_FULL[error.errno]}; the unfinished file is removed and "
-                            "finished ones are kept: make room, then run the same command again") from error
+                            "finished ones are kept: free space, then run the same command again") from error
         raise
 
 
-def write_bytes(path: str | Path, data: bytes) -> None:
+def write_bytes(path: str | Path, data: bytes, *, durable: bool = True) -> None:
     """`data` as the whole file `path`, atomically."""
-    with atomic_file(path) as stream:
+    with atomic_file(path, durable=durable) as stream:
         stream.write(data)
 
 
-def write_json(path: str | Path, value: Any) -> None:
-    """`value` as indented JSON in the file `path`, atomically."""
-    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+def write_json(path: str | Path, value: Any, *, indent: int | None = 1) -> None:
+    """`value` as JSON in the file `path`, atomically. ValueError for NaN and infinity, which JSON has not."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    write_bytes(path, f"{text}\n".encode())
