@@ -62,12 +62,14 @@ class VideoStage:
     """Makes the video shards of a folder that are missing or made from something else."""
 
     def __init__(self, folder: Path, settings: VideoSettings, config: TokenizeConfig, tokenizer: VideoTokenizer,
-                 meter: Meter):
+                 meter: Meter, retry_bad: bool = False):
+        """retry_bad: a shard that lacks a clip counts as missing."""
         self.folder = folder
         self.settings = settings
         self.config = config
         self.tokenizer = tokenizer
         self.meter = meter
+        self.retry_bad = retry_bad
         self.sources: list[Source] = []
         """Of all lines read so far."""
         self.bad: dict[str, Problem] = {}
@@ -125,7 +127,10 @@ class VideoStage:
                 seen.update(todo)
                 made_from = digest([[key, source.clip.id, source.clip.class_id] for key, source in todo.items()])
                 yield VideoChunk(number, tuple(sources), tuple(todo.values()), contents, made_from,
-                                 record if finished(record, made_from, self.folder) else None)
+                                 record if self._usable(record, made_from) else None)
+
+    def _usable(self, record: ChunkRecord | None, made_from: str) -> bool:
+        return finished(record, made_from, self.folder) and not (self.retry_bad and record.bad)
 
     def record_path(self, number: int) -> Path:
         return self.folder / "chunks" / f"video-{number:06d}.json"

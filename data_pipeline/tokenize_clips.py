@@ -45,8 +45,10 @@ JOB_FILE = "tokenize.json"
 QUARANTINE_FILE = "quarantine.jsonl"
 
 
-def tokenize(config: Config) -> dict[str, Any]:
+def tokenize(config: Config, *, retry_quarantined: bool = False) -> dict[str, Any]:
     """Make the dataset that `config` describes in the folder `config.output`; a summary as plain values.
+
+    retry_quarantined: make shards anew that lack a clip whose decoding failed.
 
     Raises UserError, ConfigError, or DoNotRequeue where more of the manifest is bad than
     `tokenize.max_bad_fraction`; quarantine.jsonl is written in that case too.
@@ -63,7 +65,7 @@ def tokenize(config: Config) -> dict[str, Any]:
         fps=config.tokenize.fps, max_frames=config.tokenize.max_frames, latent_side=config.tokenize.latent_side)
     folder = Path(config.output)
     with _own(folder, settings, config), Meter(folder / "status.json") as meter:
-        videos = VideoStage(folder, settings, config.tokenize, tokenizer, meter)
+        videos = VideoStage(folder, settings, config.tokenize, tokenizer, meter, retry_quarantined)
         try:
             video_records = videos.run(clips)
         finally:
@@ -139,7 +141,8 @@ def _write_quarantine(folder: Path, videos: VideoStage) -> Counter[str]:
                                      "reason": problem.reason, "detail": problem.detail}, ensure_ascii=False) + "\n")
     write_bytes(folder / QUARANTINE_FILE, "".join(lines).encode())
     if lines:
-        log.warning("%d of the manifest's lines give no sample (%s); see %s", len(lines),
+        log.warning("%d of the manifest's lines give no sample (%s); see %s. A later run leaves out what failed to "
+                    "decode, unless --retry-quarantined is given", len(lines),
                     ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items())),
                     folder / QUARANTINE_FILE)
     return reasons
@@ -194,9 +197,11 @@ def main(argv: list[str]) -> int:
     parser = CommandParser(
         "tokenize", "Turn the clips and captions of a manifest into token shards with an index.",
         "grn-scale tokenize --config configs/runs/demo.yaml data.manifest=clips.jsonl output=tokens/", json=True)
+    parser.add_argument("--retry-quarantined", action="store_true",
+                        help="decode clips again that failed in an earlier run (their whole shards are made anew)")
     config, options = parser.parse_command(argv)
     start_logging()
-    summary = tokenize(config)
+    summary = tokenize(config, retry_quarantined=options.retry_quarantined)
     print(json.dumps(summary, indent=1) if options.json else _table(summary))
     return 0
 

@@ -226,6 +226,30 @@ def _entropies(bits: np.ndarray, rounds: int) -> list[float]:
     return [round(float(value), 4) for value in entropy.mean(axis=1)]
 
 
+def check_ledger(dataset: Dataset, path: Path) -> list[dict[str, Any]]:
+    """For each epoch of a training run's ledger what it says of this dataset's training samples, as plain values.
+
+    The newest epoch may be unfinished: what it lacks is not missing yet. The run's config.yaml beside the ledger says
+    which samples were held out. Raises UserError or ConfigError where either cannot be read.
+    """
+    from grn_scale.config.load import load_config
+    from grn_scale.data.ledger import check_epoch, read_steps
+    from grn_scale.data.plan import held_out
+
+    fraction = load_config(path.with_name("config.yaml")).data.validation_fraction
+    steps = read_steps(path)
+    keys = [row.key for shard in range(len(dataset.shard_sizes)) for row in dataset.rows(shard)
+            if not held_out(row.key, fraction)]
+    epochs = sorted({pack["epoch"] for packs in steps.values() for pack in packs})
+    found = []
+    for epoch in epochs:
+        report, finished = check_epoch(steps, epoch, keys), epoch != epochs[-1]
+        found.append({"epoch": epoch, "steps": report.steps, "samples": report.samples, "finished": finished,
+                      "missing": len(report.missing), "repeated": len(report.repeated),
+                      "exact": report.exact if finished else not report.repeated})
+    return found
+
+
 def _tracked(shards: tuple[ShardInfo, ...], name: str, progress: bool) -> Iterator[ShardInfo]:
     from rich.console import Console
     from rich.progress import track
@@ -241,6 +265,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--decode", type=int, default=0, metavar="N",
                         help="decode N samples back to frames; reports the entropy of each round's bits")
     parser.add_argument("--manifest", metavar="FILE", help="with --decode: PSNR against the clips of this manifest")
+    parser.add_argument("--ledger", metavar="FILE", help="ledger.jsonl of a run (data.ledger=true): check that each "
+                        "epoch took every training sample once")
     named = bool(argv) and not argv[0].startswith("-") and "=" not in argv[0]
     config, options = parser.parse_command(argv[1:] if named else argv)
     folder = argv[0] if named else config.data.dataset
@@ -253,25 +279,33 @@ def main(argv: list[str]) -> int:
     decoded = []
     if options.decode > 0 and not damage:
         decoded = decode_samples(Dataset.open(folder), config, options.decode, options.manifest)
+    epochs = check_ledger(Dataset.open(folder), Path(options.ledger)) if options.ledger else []
     info = read_dataset_info(folder)
     if options.json:
         found = [{"where": entry.where, "what": entry.what} for entry in damage]
         print(json.dumps({"dataset": str(folder), "samples": info.samples, "sound": not damage, "damage": found,
-                          "decoded": decoded}, indent=1))
+                          "decoded": decoded, "epochs": epochs}, indent=1))
     else:
-        print("\n".join(_lines(folder, info, damage, decoded)))
+        print("\n".join(_lines(folder, info, damage, decoded, epochs)))
     if damage and options.decode > 0:
         log.warning("nothing was decoded, because the dataset is damaged")
-    return EXIT_FAILED if damage else 0
+    return EXIT_FAILED if damage or not all(epoch["exact"] for epoch in epochs) else 0
 
 
-def _lines(folder: str, info: DatasetInfo, damage: list[Damage], decoded: list[dict[str, Any]]) -> Iterator[str]:
+def _lines(folder: str, info: DatasetInfo, damage: list[Damage], decoded: list[dict[str, Any]],
+           epochs: list[dict[str, Any]]) -> Iterator[str]:
     for found in damage:
         yield f"damaged: {found}"
     for sample in decoded:
         psnr = f"PSNR {sample['psnr_db']:.2f} dB  " if "psnr_db" in sample else ""
         entropies = " ".join(f"{value:.3f}" for value in sample["bit_entropy_by_round"])
         yield f"{sample['key']}  {'x'.join(map(str, sample['latent_shape']))}  {psnr}bit entropy by round {entropies}"
+    for epoch in epochs:
+        state = "finished" if epoch["finished"] else "under way"
+        right = "each sample once" if epoch["finished"] else "no sample twice"
+        verdict = right if epoch["exact"] else "WRONG"
+        yield (f"epoch {epoch['epoch']} ({state}, {epoch['steps']} steps): {verdict}; of {epoch['samples']} training "
+               f"samples {epoch['missing']} not taken, {epoch['repeated']} taken more than once")
     verdict = f"{len(damage)} things are damaged; remove the shards named above and tokenize again" if damage else \
         f"sound: {info.samples} samples in {len(info.video_shards)} video and {len(info.text_shards)} text shards"
     yield f"{folder}: {verdict}"

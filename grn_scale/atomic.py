@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 from grn_scale.errors import UserError
 
@@ -40,6 +40,18 @@ def atomic_file(path: str | Path, *, durable: bool = True) -> Iterator[BinaryIO]
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise UserError(f"cannot write {path}: {DISK_FULL[error.errno]}; the unfinished file is removed and "
                             "finished ones are kept: free space, then run the same command again") from error
+        raise
+
+
+def append_line(stream: TextIO, line: str) -> None:
+    """Add a line to a file that is open for appending, at once. Raises UserError where the disk is full."""
+    try:
+        stream.write(line + "\n")
+        stream.flush()
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise UserError(f"cannot write {stream.name}: {DISK_FULL[error.errno]}; free space, then start again: what "
+                            "is finished is kept") from error
         raise
 
 

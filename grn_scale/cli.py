@@ -57,8 +57,7 @@ def help_text() -> str:
     for command in COMMANDS:
         lines += [f"  {command.name:<17}{command.summary}", f"  {'':<17}  $ {command.example}"]
     lines += ["", "`grn-scale COMMAND --help` shows the options of a command.",
-              "exit codes: 0 done, 1 failed, 2 bad usage or configuration, 75 checkpointed and to be requeued,",
-              "            78 not to be requeued, 79 stopped by the hang watchdog"]
+              "exit codes: 0 done, 1 failed, 2 bad usage or configuration, 78 failed and would fail again"]
     return "\n".join(lines)
 
 

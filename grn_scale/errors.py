@@ -6,9 +6,7 @@ defect and keeps its traceback.
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
-EXIT_REQUEUE = 75
 EXIT_DO_NOT_REQUEUE = 78
-EXIT_HANG = 79
 
 
 class UserError(Exception):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from grn_scale import __version__
 from grn_scale.command_line import CommandParser, run, save_config, start_logging
 from grn_scale.config.check import check_layout, check_output, check_set, check_training
-from grn_scale.config.load import to_dict
+from grn_scale.config.load import changes, to_dict
 from grn_scale.config.schema import Config
 from grn_scale.errors import ConfigError
 
@@ -44,7 +44,8 @@ def main(argv: list[str]) -> int:
                         help="which checkpoint to continue from (default: none, under Slurm auto)")
     config, options = parser.parse_command(argv)
     start_logging()
-    check_before_start(config)
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # once a node: the others would only say the same
+        check_before_start(config)
     train_run(config, options.resume)
     return 0
 
@@ -70,7 +71,8 @@ def train_run(config: Config, resume: str) -> None:
     import torch
 
     from grn_scale.checkpoint.checkpoint import resolve_resume
-    from grn_scale.data.loader import PackLoader
+    from grn_scale.data.ledger import LEDGER
+    from grn_scale.data.loader import PackLoader, check_step_size
     from grn_scale.data.packing import Cost
     from grn_scale.data.plan import Plan
     from grn_scale.data.shards import Dataset
@@ -82,22 +84,22 @@ def train_run(config: Config, resume: str) -> None:
     from grn_scale.train.progress import TrainingProgress
 
     torch.set_num_threads(config.train.threads or threads_per_process())
-    dataset = Dataset.open(config.data.dataset)
-    plan = Plan.of(dataset, config.data, config.seed)
-    held_out = Plan.of(dataset, config.data, config.seed, split="validation") if config.train.validate_every else None
-
     device = groups.start(config.parallel)
     from grn_scale.parallel.engine import TrainEngine
 
     try:
+        dataset = Dataset.open(config.data.dataset)
+        plan = Plan.of(dataset, config.data, config.seed)
+        check_step_size(plan, config.data.packs_per_step)
+        validated = config.train.validate_every > 0
+        held_out = Plan.of(dataset, config.data, config.seed, split="validation") if validated else None
         folder, first = Path(config.output), torch.distributed.get_rank() == 0
         checkpoint = resolve_resume(resume, folder, groups.host())
+        if checkpoint:
+            check_resume(checkpoint, config, plan)
         data_rank, data_size = groups.data_parallel()
         engine = TrainEngine(config, device)
         position = restore(engine, checkpoint, plan)
-        if first:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_config(config, folder)
         assemble = functools.partial(pack_batch, config=config, device=device)
         cost = Cost.of_shape(config.model.num_layers, config.model.hidden_size, config.model.ffn_hidden_size)
         loader = PackLoader(dataset, plan, position.data, packs_per_step=config.data.packs_per_step, cost=cost,
@@ -105,14 +107,18 @@ def train_run(config: Config, resume: str) -> None:
         bad_samples = BadSamples(folder, config.data.bad_sample_limit, position.data.skip, groups.gather_objects,
                                  writes=first)
         validation = validation_batches(dataset, held_out, config, data_rank, data_size, assemble) if held_out else []
+        if first:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_config(config, folder)
         peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         total_peak = peak and peak * torch.distributed.get_world_size()
         save = functools.partial(save_state, engine, dataset, config)
         with (loader,
               MetricsLog(folder, position.step, config.logging, writes=first, config=to_dict(config)) as metrics,
               TrainingProgress(config.train.steps, position.step, shown=first) as progress):
-            train(Run(config, engine, loader, assemble, validation, bad_samples, metrics, progress, save, total_peak),
-                  position)
+            ledger = folder / LEDGER if first and config.data.ledger else None
+            train(Run(config, engine, loader, assemble, validation, bad_samples, ledger, metrics, progress, save,
+                      total_peak), position)
     finally:
         groups.stop()
 
@@ -137,7 +143,10 @@ def pack_batch(samples: Sequence[Sample], weights: dict[int, float], *, config: 
 def validation_batches(dataset: Dataset, plan: Plan, config: Config, data_rank: int, data_size: int,
                        assemble: Callable) -> list[PackedBatch]:
     """This rank's share of the first data.validation_packs held-out packs (fewer where there are not so many), filled
-    with empty packs so that every rank and pipeline stage has the same number."""
+    with empty packs so that every rank and pipeline stage has the same number.
+
+    A held-out sample that cannot be read is logged and counts 0 in each evaluation (`validation_bad_samples`).
+    """
     from grn_scale.data.loader import read_pack
     from grn_scale.data.plan import sample_weights
 
@@ -147,6 +156,27 @@ def validation_batches(dataset: Dataset, plan: Plan, config: Config, data_rank: 
     packs += [replace(packs[0], position=-1, draws=())] * (-len(packs) % unit)
     weights = sample_weights(packs, config.loss.gamma)
     return [assemble(read_pack(dataset, pack), weights) for pack in packs[data_rank::data_size]]
+
+
+def check_resume(checkpoint: Path, config: Config, plan: Plan) -> None:
+    """ConfigError where the run cannot go on from the checkpoint; other settings that changed are logged.
+
+    The layout of parallelism, the optimizer's numbers and the like may change; the model may not.
+    """
+    from grn_scale.checkpoint.checkpoint import read_state
+    from grn_scale.data.plan import DataState
+
+    saved = read_state(checkpoint)
+    changed = changes(saved["config"], to_dict(config))
+    if other := [f"{key} {change}" for key, change in changed.items() if key.startswith("model.")]:
+        raise ConfigError(f"{checkpoint} is of another model ({'; '.join(other)}): keep the model section as it was, "
+                          "or give a new output folder")
+    if saved["step"] > config.train.steps:
+        raise ConfigError(f"{checkpoint} stands at step {saved['step']}, beyond train.steps = {config.train.steps}: "
+                          "raise train.steps, or give a new output folder")
+    plan.check_state(DataState.from_dict(saved["data"]))
+    for key, change in changed.items():
+        log.info("changed since %s: %s %s", checkpoint.name, key, change)
 
 
 def restore(engine: TrainEngine, checkpoint: Path | None, plan: Plan) -> Position:
@@ -160,9 +190,6 @@ def restore(engine: TrainEngine, checkpoint: Path | None, plan: Plan) -> Positio
     if checkpoint is None:
         return Position(0, 0, plan.start())
     saved = read_state(checkpoint)
-    if saved["step"] > engine.config.train.steps:
-        raise ConfigError(f"{checkpoint} stands at step {saved['step']}, beyond train.steps = "
-                          f"{engine.config.train.steps}: raise train.steps, or give a new output folder")
     sections, weights = engine.restore_chunks(saved["updates"])
     load_checkpoint(checkpoint, sections, groups.host())
     load_chunks(checkpoint / "model", weights, groups.host())

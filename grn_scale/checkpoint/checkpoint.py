@@ -40,7 +40,7 @@ def save_checkpoint(run_folder: str | Path, step: int, sections: Mapping[str, Se
     partial = ranks.first(lambda: _writing(run_folder, lambda: layout.begin(run_folder, step)))
     try:
         indexes = {name: save_chunks(partial / name, sections.get(name, []), group) for name in names}
-        path = ranks.first(lambda: _writing(run_folder, lambda: _seal(partial, step, indexes, state, ranks.size)))
+        path = ranks.first(lambda: _writing(run_folder, lambda: seal(partial, step, indexes, state, ranks.size)))
     except (UserError, RankError):  # raised on every rank together, so nobody writes any more
         ranks.first(lambda: partial.exists() and layout.discard(partial))
         raise
@@ -124,8 +124,11 @@ def _writing(run_folder: Path, step: Callable[[], T]) -> T:
                         "choose another folder, the checkpoints already there stay as they are") from error
 
 
-def _seal(partial: Path, step: int, indexes: Mapping[str, ChunkIndex], state: dict[str, Any],
-          world_size: int) -> Path:
+def seal(partial: Path, step: int, indexes: Mapping[str, ChunkIndex], state: dict[str, Any], world_size: int) -> Path:
+    """Turn a `.partial` folder whose chunk folders are written into a checkpoint, and return its path.
+
+    indexes: the index of each section; world_size: how many processes wrote them.
+    """
     write_json(partial / layout.STATE_NAME, state)
     write_json(partial / INDEX_NAME, {
         "format_version": FORMAT_VERSION,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,13 +37,14 @@ class Entry:
     read: Callable[[], torch.Tensor]
 
 
-def write_tensor_file(path: Path, entries: Sequence[Entry]) -> StoredFile:
+def write_tensor_file(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str] | None = None) -> StoredFile:
     """Write the entries, widest dtype first so that all are aligned; the file appears complete or not at all.
 
+    metadata: text that the header carries beside the tensors (transformers asks for {"format": "pt"}).
     UserError where the disk refuses (full, quota, permission); the temporary file is then removed.
     """
     entries = sorted(entries, key=lambda e: (-e.dtype.itemsize, e.key))
-    header, position = {}, 0
+    header, position = {"__metadata__": dict(metadata)} if metadata else {}, 0
     for entry in entries:
         end = position + math.prod(entry.shape) * entry.dtype.itemsize
         header[entry.key] = {"dtype": SAFETENSORS_NAMES[entry.dtype], "shape": entry.shape,

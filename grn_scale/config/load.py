@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import typing
 from collections.abc import Iterable, Mapping
@@ -92,6 +93,8 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
         return tuple(_convert(k, v, f"{name}[{i}]") for i, (k, v) in enumerate(zip(kinds, value)))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if kind is float and isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name} is {value}, but must be a finite number")
     if kind is str and value is None:
         return ""
     if type(value) is not kind:
@@ -185,10 +188,24 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = (), cls: typ
     return build(cls, values, base=base)
 
 
+def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Dotted key -> "old -> new" for each plain value that two configurations as nested dicts do not share."""
+    found: dict[str, str] = {}
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found |= changes(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found[prefix + key] = f"{a!r} -> {b!r}"
+    return found
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Nested plain values of a configuration, as YAML and JSON take them; `build` reads them back."""
-    return {
-        f.name: to_dict(value) if dataclasses.is_dataclass(value := getattr(config, f.name))
-        else list(value) if isinstance(value, tuple) else value
-        for f in dataclasses.fields(config)
-    }
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value

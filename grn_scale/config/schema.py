@@ -166,6 +166,9 @@ class DataConfig:
     """Shards that are shuffled and packed together; bounds the memory of planning."""
     bad_sample_limit: int = 1000
     """More corrupt or unreadable samples than this, over all processes, stop the run (exit 78)."""
+    ledger: bool = False
+    """Write which samples each step took into the run folder's ledger.jsonl (about 40 bytes a sample), from which
+    `grn-scale verify --ledger` proves that an epoch took each of them once."""
 
     def __post_init__(self) -> None:
         require(self.token_budget > 0 and self.token_budget % 128 == 0,
@@ -294,7 +297,9 @@ class ZeroConfig:
     """DeepSpeed ZeRO stage: 0 replicates, 1 shards optimizer states."""
 
     def __post_init__(self) -> None:
-        require(self.stage in (0, 1), f"zero.stage is {self.stage}, but must be 0 or 1")
+        require(self.stage in (0, 1),
+                f"zero.stage is {self.stage}, but must be 0 or 1: stages 2 and 3 (which need parallel.pipeline=1) "
+                "are not supported")
 
 
 @dataclass(frozen=True)
@@ -308,6 +313,32 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True)
+class AdaptiveConfig:
+    """Complexity-aware sampling: a sample's entropy after its first steps decides how many more it gets.
+
+    Steps in all: wp + clip(round(k e + b), tmin - wp, tmax - wp), half rounded to even, where e in [0, 1] is the mean
+    over labels of entropy / log2(classes) of the conditional prediction at step wp. `grn-scale evaluate
+    --calibrate-steps` fits k and b to a model. The symbols are the reference's (section 7).
+    """
+
+    enabled: bool = False
+    k: float = 700.0
+    b: float = -620.0
+    wp: int = 5
+    """Steps before the decision."""
+    tmin: int = 20
+    """Fewest steps in all; the most are sampling.tmax."""
+    temperature_factor: bool = False
+    """After the decision, divide the temperature by up to 2 for a sample with few steps: times
+    clip((steps after wp - 10) / 40 + 0.5, 0.5, 1)."""
+
+    def __post_init__(self) -> None:
+        require(self.wp >= 0, f"sampling.adaptive.wp is {self.wp}, but must not be negative")
+        require(self.tmin > self.wp,
+                f"sampling.adaptive.tmin is {self.tmin}, but must be greater than sampling.adaptive.wp ({self.wp})")
+
+
+@dataclass(frozen=True)
 class SamplingConfig:
     """The refinement sampler (GRN reference, section 6)."""
 
@@ -318,15 +349,22 @@ class SamplingConfig:
     """1 is no guidance."""
     guidance_start: float = 0.0
     """Guidance acts from this signal ratio on."""
+    guidance_end: float = 1.0
+    """Guidance acts up to this signal ratio."""
     temperature: float = 1.0
     shift: float = 1.0
     """Bends the schedule as noise.shift bends training."""
+    adaptive: AdaptiveConfig = field(default_factory=AdaptiveConfig)
 
     def __post_init__(self) -> None:
         require_positive("sampling", steps=self.steps, temperature=self.temperature, shift=self.shift)
-        require(0 <= self.guidance_start <= 1,
-                f"sampling.guidance_start is {self.guidance_start}, but must lie between 0 and 1")
+        require(self.guidance >= 0, f"sampling.guidance is {self.guidance}, but must not be negative")
+        for name in ("guidance_start", "guidance_end"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"sampling.{name} is {value}, but must lie between 0 and 1")
         require(self.tmax >= 2, f"sampling.tmax is {self.tmax}, but must be at least 2")
+        require(not self.adaptive.enabled or self.adaptive.tmin <= self.tmax,
+                f"sampling.adaptive.tmin is {self.adaptive.tmin}, but must not be above sampling.tmax ({self.tmax})")
 
 
 @dataclass(frozen=True)
@@ -350,3 +388,6 @@ class Config:
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, f"seed is {self.seed}, but must not be negative")

@@ -14,8 +14,6 @@ CELL_PIXELS = 16
 """Pixels a latent cell spans in height and width (the tokenizer's spatial stride)."""
 GROUP_FRAMES = 4
 """Frames each latent after the first stands for (the tokenizer's temporal stride)."""
-OFFICIAL_SIDES = {"0.06M": 16, "0.25M": 32, "0.41M": 40, "0.92M": 60, "1M": 64, "2M": 90}
-"""Pixel budget by its official name -> latent side. Any other positive side works by the same rule."""
 
 _LANDSCAPE_INVERSES = (3, 5 / 2, 2, 16 / 9, 3 / 2, 4 / 3, 1.16)
 RATIOS = (*(1 / r for r in _LANDSCAPE_INVERSES), 1.0, *reversed(_LANDSCAPE_INVERSES))

@@ -12,6 +12,9 @@ from typing import Any
 from grn_scale.batch import Pack
 from grn_scale.errors import UserError
 
+LEDGER = "ledger.jsonl"
+"""Its name in a run folder."""
+
 
 @dataclass(frozen=True)
 class EpochReport:
@@ -54,20 +57,23 @@ def read_steps(path: str | Path) -> dict[int, list[dict[str, Any]]]:
     """
     steps: dict[int, list[dict[str, Any]]] = {}
     last = -1
-    with open(path, encoding="utf-8") as file:
-        for number, text in enumerate(file, 1):
-            try:
-                line = json.loads(text)
-                step, packs = int(line["step"]), line["packs"]
-                for p in packs:
-                    _ = p["epoch"], p["position"], [(int(index), str(key)) for index, key in p["draws"]]
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{path}:{number}: not a line of a ledger ({error}); give the file that training "
-                                "wrote, or cut the line out") from error
-            for withdrawn in range(step, last + 1):
-                steps.pop(withdrawn, None)
-            steps[step] = packs
-            last = step
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the ledger {path}: {error}") from error
+    for number, text in enumerate(lines, 1):
+        try:
+            line = json.loads(text)
+            step, packs = int(line["step"]), line["packs"]
+            for p in packs:
+                _ = p["epoch"], p["position"], [(int(index), str(key)) for index, key in p["draws"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}:{number}: not a line of a ledger ({error}); give the file that training "
+                            "wrote, or cut the line out") from error
+        for withdrawn in range(step, last + 1):
+            steps.pop(withdrawn, None)
+        steps[step] = packs
+        last = step
     return steps
 
 

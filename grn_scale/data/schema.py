@@ -14,7 +14,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 FORMAT_VERSION = 1
-TAGS = ("T2I", "T2V", "I2V")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ from grn_scale.tokenizer.video import VideoTokenizer
 
 RESULT = "accuracy.json"
 SHEET = "contact_sheet.png"
+CLIPS = "clips.jsonl"
+"""One line a clip: prompt, draw, refinement steps, and whether colour and direction are right."""
 BATCH_CLIPS = 64
 SHEET_PROMPTS, SHEET_COLUMNS = 64, 8
 SHEET_TITLE = ("Prompts held out of training, one clip of each. In brackets: what the detector saw instead of what was "
@@ -73,6 +75,13 @@ def score(asked: Sequence[Attributes], seen: Sequence[Detection]) -> dict[str, A
     return result
 
 
+def spread_of(steps: Sequence[int]) -> dict[str, float]:
+    """Mean, 10th and 90th percentile and number of different values of refinement steps."""
+    low, high = np.percentile(steps, [10, 90])
+    return {"mean": round(float(np.mean(steps)), 3), "p10": float(low), "p90": float(high),
+            "different": len(set(steps))}
+
+
 def _share(right: Sequence[bool]) -> dict[str, float]:
     return {"correct": sum(right), "accuracy": sum(right) / len(right)}
 
@@ -85,6 +94,8 @@ class Sampler:
     tokenizer: VideoTokenizer
     encoder: TextEncoder
     config: Config
+    steps: list[int] = field(default_factory=list)
+    """Steps of each clip made so far."""
 
     def __call__(self, captions: Sequence[str], first_draw: int) -> Iterator[np.ndarray]:
         """uint8 frames [T, height, width, 3] of each caption; clip b is sample number first_draw + b of the seed."""
@@ -93,9 +104,10 @@ class Sampler:
         thw = (latent_frames(settings.max_frames), *square.grid)
         task = "T2V" if thw[0] > 1 else "T2I"
         *texts, empty = self.encoder.encode([*(tagged_caption(c, task, model.task_tags) for c in captions), ""])
-        sampler = SamplingSettings(**dataclasses.asdict(self.config.sampling), end_fraction=model.end_fraction)
+        sampler = SamplingSettings.of(self.config.sampling, model)
         conditions = [Condition(text, empty, thw, square.ratio_key) for text in texts]
         generated = generate(self.trained.model, conditions, sampler, seed=self.config.seed, first_draw=first_draw)
+        self.steps.extend(generated.steps)
         return decode_clips(self.tokenizer, generated.labels, model)
 
 
@@ -139,7 +151,7 @@ def _label(asked: Attributes, seen: Detection) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Write accuracy.json and contact_sheet.png into the output folder and print the former; the exit code."""
+    """Write accuracy.json, clips.jsonl and contact_sheet.png into the output folder and print the former; the exit code."""
     parser = CommandParser("demo.accuracy", "Colour and direction of sampled clips against what is asked for.",
                            "python -m grn_scale.demo.accuracy --config configs/runs/demo.yaml --run runs/first "
                            "text.encoder=text_encoder/ output=accuracy/")
@@ -160,13 +172,17 @@ def main(argv: list[str]) -> int:
     result = {"checkpoint": str(sampler.trained.checkpoint), "weights": sampler.trained.weights,
               "sampling": dataclasses.asdict(config.sampling), "seed": config.seed, "prompts": len(chosen),
               "seeds": options.seeds, "seconds": round(time.perf_counter() - begin, 2),
-              **score(asked, [seen for _, seen in results])}
+              "steps": spread_of(sampler.steps), **score(asked, [seen for _, seen in results])}
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     shown = list(zip(chosen, results))[:SHEET_PROMPTS]
     sheet = contact_sheet([clip for _, (clip, _) in shown], [_label(a, seen) for a, (_, seen) in shown],
                           columns=SHEET_COLUMNS, title=SHEET_TITLE)
     write_bytes(folder / SHEET, png_bytes(sheet))
+    write_bytes(folder / CLIPS, "".join(json.dumps({
+        "prompt": a.caption, "draw": n, "steps": steps, "color": seen.color == a.color,
+        "direction": seen.direction == a.direction}) + "\n"
+        for n, (a, (_, seen), steps) in enumerate(zip(asked, results, sampler.steps))).encode())
     write_json(folder / RESULT, result)
     print(json.dumps(result, indent=1))
     return 0

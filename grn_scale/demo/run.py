@@ -1,7 +1,7 @@
 """grn-scale demo: the whole job on clips it makes itself, on a CPU, by the commands that a user would type.
 
     grn-scale demo
-    grn-scale demo --output demo64 --config configs/runs/demo64.yaml --clips 12800
+    grn-scale demo --output demo64 --config configs/runs/demo64.yaml --clips 10240
 
 Every command is printed before it runs and can be copied. A second run goes on where the first one stopped.
 """
@@ -22,7 +22,8 @@ from grn_scale.errors import ConfigError
 DEFAULT_CONFIG = "configs/runs/demo.yaml"
 OWN_KEYS = ("output", "data.manifest", "data.dataset", "text.encoder")
 """Set by the demo itself, to places inside its output folder."""
-FREE_SECTIONS = ("train", "sampling", "logging", "parallel", "zero", *OWN_KEYS)
+FREE_SECTIONS = ("sampling", "logging", "parallel", "zero", *OWN_KEYS)
+FREE_TRAIN_KEYS = ("threads", "keep_last", "checkpoint_every", "validate_every", "nonfinite_limit")
 """May differ between two runs in one folder: no artifact is wrong afterwards."""
 T2V_PROMPTS = 3
 
@@ -55,8 +56,9 @@ def main(argv: list[str]) -> int:
 def demo(config: Config, config_file: str, overrides: list[str], out: Path, *, clips: int, processes: int, prompts: int,
          seeds: int) -> None:
     """Run all stages into the folder `out`; see `main`. Raises StageFailed at the first that fails."""
-    stages = Stages(out, {"clips": clips, "config": {
-        name: section for name, section in to_dict(config).items() if name not in FREE_SECTIONS}})
+    settings = {name: section for name, section in to_dict(config).items() if name not in FREE_SECTIONS}
+    settings["train"] = {key: value for key, value in settings["train"].items() if key not in FREE_TRAIN_KEYS}
+    stages = Stages(out, {"clips": clips, "config": settings})
     python = [sys.executable, "-m"]
     grn_scale = [*python, "grn_scale"]
     media, encoder, tokens, trained = out / "clips", out / "text_encoder", out / "tokens", out / "run"

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from grn_scale.atomic import write_json
+from grn_scale.config.load import changes
 from grn_scale.errors import ConfigError, UserError
 
 MARKER = "demo.json"
@@ -90,11 +91,10 @@ def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
     there = _read(marker)
     if there.get("about") != ABOUT:
         raise ConfigError(f"--output: {folder} was not made by `grn-scale demo`; give a new folder")
-    old, new = _flat(there.get("settings", {})), _flat(json.loads(json.dumps(settings)))
-    changed = [f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in sorted(old.keys() | new.keys())
-               if old.get(key) != new.get(key)]
+    changed = changes(there.get("settings", {}), json.loads(json.dumps(settings)))
     if changed:
-        raise ConfigError(f"--output: {folder} was made with other settings ({'; '.join(changed)}); give a new folder, "
+        listed = "; ".join(f"{key} {change}" for key, change in changed.items())
+        raise ConfigError(f"--output: {folder} was made with other settings ({listed}); give a new folder, "
                           "or the settings as they were")
 
 
@@ -115,13 +115,6 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path} is not what this command writes; give a new --output folder")
     return values
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
 
 
 def _short(program: str) -> str:

@@ -7,12 +7,13 @@ parameters.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from grn_scale.checkpoint.chunks import Chunk, fragment_boxes
+from grn_scale.checkpoint.chunks import Chunk, fragment_boxes, intersect, narrow
 from grn_scale.parallel.placement import Placement
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -69,16 +70,13 @@ def fragment_chunks(fragment: Fragment, placement: Placement, values: torch.Tens
     """`values` (flat, fp32, as long as the fragment) as boxes of official parameters: views, a load fills them."""
     chunks = []
     for offset, size, start in fragment_boxes(fragment.shape, fragment.start, fragment.numel):
-        count = 1
-        for extent in size:
-            count *= extent
-        box = values.narrow(0, start, count).view(size)
+        box = values.narrow(0, start, math.prod(size)).view(size)
         for piece in placement.pieces:
-            lower = [max(a, b) for a, b in zip(offset, piece.local_offset)]
-            upper = [min(a + s, b + t) for a, s, b, t in zip(offset, size, piece.local_offset, piece.size)]
-            if any(low >= high for low, high in zip(lower, upper)):
+            shared = intersect((offset, size), (piece.local_offset, piece.size))
+            if shared is None:
                 continue
-            view = box[tuple(slice(low - o, high - o) for low, high, o in zip(lower, upper, offset))]
+            lower, extent = shared
+            view = narrow(box, [low - o for low, o in zip(lower, offset)], extent)
             where = tuple(low - a + g for low, a, g in zip(lower, piece.local_offset, piece.global_offset))
             chunks.append(Chunk(prefix + piece.name, piece.global_shape, where, view))
     return chunks

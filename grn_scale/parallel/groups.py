@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from grn_scale.config.schema import ParallelConfig
-from grn_scale.errors import ConfigError
+from grn_scale.errors import UserError
 from grn_scale.parallel import cpu_seam
 
 TIMEOUT = datetime.timedelta(minutes=10)
@@ -23,7 +23,7 @@ _host: dist.ProcessGroup | None = None
 def start(parallel: ParallelConfig) -> torch.device:
     """Join the job: process groups and megatron's parallel state. Returns this process's device.
 
-    ConfigError where a node has more processes than GPUs.
+    UserError where a node has more processes than GPUs.
     """
     global _host
     cpu_seam.quiet_warnings()
@@ -46,7 +46,8 @@ def start(parallel: ParallelConfig) -> torch.device:
             # one process without a launcher: no port has to be agreed on
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
             os.environ["MASTER_PORT"] = "0"
-    _host = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
+    if _host is None:
+        _host = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo",
@@ -66,7 +67,7 @@ def start(parallel: ParallelConfig) -> torch.device:
 def _local_gpu() -> int:
     rank, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if rank >= count:
-        raise ConfigError(f"process {rank} of this node has no GPU: the node shows {count}; start at most {count} "
+        raise UserError(f"process {rank} of this node has no GPU: the node shows {count}; start at most {count} "
                           "processes a node, or look at CUDA_VISIBLE_DEVICES")
     return rank
 

@@ -83,6 +83,7 @@ def _write_dataset(config: Config, samples: int, folder: Path) -> Path:
     import numpy as np
     import torch
 
+    from grn_scale.batch import TASKS
     from grn_scale.data import index_parts, schema, shards
 
     model, thw, ratio_key = config.model, *latent_shape(config.tokenize)
@@ -104,7 +105,7 @@ def _write_dataset(config: Config, samples: int, folder: Path) -> Path:
                 payload = videos.add_video(f"clip{number}", drawn.bytes((t * h * w * model.bits_per_token + 7) // 8),
                                            {"shape": thw})
                 text = schema.TextRef(f"text{1 + number % (CAPTIONS - 1)}", CAPTION_TOKENS)
-                caption = schema.Caption("", dict.fromkeys(schema.TAGS, text))
+                caption = schema.Caption("", dict.fromkeys(TASKS, text))
                 rows.append(schema.IndexRow(len(video_shards), number, f"clip{number}", payload.offset, payload.length,
                                             payload.xxh3, thw, ratio_key, (caption,)))
         index_parts.write_video_part(index_parts.part_path(folder, videos.info.name), rows)

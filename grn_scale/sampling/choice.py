@@ -14,19 +14,26 @@ WORDS = 2**32
 """Random numbers are whole, in [0, WORDS) (`keyed.hash32`)."""
 
 
-def probabilities(scores: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+def tempered(scores: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
+    """fp32 scores / temperature, which is one number or fp32 [P]."""
+    if isinstance(temperature, torch.Tensor):
+        temperature = temperature.view(-1, *[1] * (scores.dim() - 1))
+    return scores.float() / temperature
+
+
+def probabilities(scores: torch.Tensor, temperature: float | torch.Tensor = 1.0) -> torch.Tensor:
     """fp32 [P, D, K]: softmax of scores / temperature."""
-    scores = scores.float() / temperature
+    scores = tempered(scores, temperature)
     if scores.dim() == 2:
         return torch.stack((torch.sigmoid(-scores), torch.sigmoid(scores)), dim=-1)
     return scores.softmax(dim=-1)
 
 
-def choose(scores: torch.Tensor, temperature: float, random_PD: torch.Tensor) -> torch.Tensor:
+def choose(scores: torch.Tensor, temperature: float | torch.Tensor, random_PD: torch.Tensor) -> torch.Tensor:
     """uint8 [P, D]: the class that each random number (int64) falls on, classes weighted by their probability."""
     if scores.dim() == 2:
         # In float64 the product with 2^32 is exact.
-        threshold = (torch.sigmoid(scores.float() / temperature).double() * WORDS).long()
+        threshold = (torch.sigmoid(tempered(scores, temperature)).double() * WORDS).long()
         return (random_PD < threshold).to(torch.uint8)
     below = probabilities(scores, temperature).double().cumsum(dim=-1)[..., :-1]
     return (random_PD[..., None] >= (below * WORDS).long()).sum(dim=-1).to(torch.uint8)

@@ -174,8 +174,8 @@ def sample(source: Source, config: Config, request: Request) -> dict[str, Any]:
     source.check_fingerprint("text", "text.encoder", encoder.fingerprint)
     trained = source.load(raw=request.raw)
     model = trained.model.to(device, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
-    settings = SamplingSettings(**dataclasses.asdict(config.sampling), end_fraction=model.config.end_fraction)
-    if settings.steps < settings.tmax - 1:
+    settings = SamplingSettings.of(config.sampling, model.config)
+    if not settings.adaptive and settings.steps < settings.tmax - 1:
         log.warning("sampling.steps is %d, but the schedule is %d long (sampling.tmax): it is cut off while labels are "
                     "still noise; sampling.tmax=%d runs through it", settings.steps, settings.tmax, settings.steps)
     canvas = _canvas(request, config)
@@ -186,11 +186,11 @@ def sample(source: Source, config: Config, request: Request) -> dict[str, Any]:
 
     texts = _texts(request, model.config.task_tags)
     conditions = _conditions(request, canvas, texts, encoder, tokenizer, model.config)
-    film = Film(0, settings.steps)
-    with _bar("sampling", settings.steps * len(conditions)) as advance:
+    film = Film(0, settings.most_steps)
+    with _bar("sampling", settings.most_steps * len(conditions)) as advance:
         def observe(maps: StepMaps) -> None:
             film(maps)
-            advance(sum(settings.steps - maps.step if n in maps.ended else 1 for n in maps.samples))
+            advance(sum(settings.most_steps - maps.step if n in maps.ended else 1 for n in maps.samples))
         result = generate(model, conditions, settings, seed=config.seed, observe=observe)
 
     fps = source.fps or config.tokenize.fps

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
-from grn_scale.config.schema import ModelConfig, require, require_positive
+from grn_scale.config.schema import AdaptiveConfig, ModelConfig, SamplingConfig, require, require_positive
 from grn_scale.errors import UserError
 from grn_scale.model.sequence import Grid
 
@@ -27,15 +27,33 @@ class SamplingSettings:
     """Above 1 the share of predictions grows later (as noise.shift bends training)."""
     end_fraction: float = 0.95
     """Largest share of predictions; belongs to the model (`ModelConfig.end_fraction`)."""
+    adaptive: AdaptiveConfig | None = None
+    """How the number of steps follows from the prediction; then `steps` has no effect, and tmax is the most."""
+    guidance_end: float = 1.0
+    """Guidance acts on a sample up to this share of predictions."""
 
     def __post_init__(self) -> None:
         require_positive("sampling", steps=self.steps, temperature=self.temperature, shift=self.shift)
         require(self.tmax >= 2, f"sampling.tmax is {self.tmax}, but must be at least 2")
         require(0 < self.end_fraction <= 1, f"end_fraction is {self.end_fraction}, but must lie in (0, 1]")
+        require(self.adaptive is None or self.adaptive.tmin <= self.tmax,
+                f"adaptive.tmin must not be above tmax ({self.tmax})")
+
+    @classmethod
+    def of(cls, config: SamplingConfig, model: ModelConfig) -> SamplingSettings:
+        """The settings of a configuration for a model."""
+        values = {f.name: getattr(config, f.name) for f in fields(config)}
+        adaptive = values.pop("adaptive")
+        return cls(**values, end_fraction=model.end_fraction, adaptive=adaptive if adaptive.enabled else None)
+
+    @property
+    def most_steps(self) -> int:
+        """Steps of the sample that takes longest."""
+        return self.tmax if self.adaptive else self.steps
 
     def guidance_at(self, share: float) -> float:
         """Guidance of a step that is fed `share`."""
-        return self.guidance if share >= self.guidance_start else 1.0
+        return self.guidance if self.guidance_start <= share <= self.guidance_end else 1.0
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,7 +24,14 @@ from grn_scale.sampling.choice import WORDS, choose, probabilities, relative_ent
 from grn_scale.sampling.condition import Condition, SamplingSettings
 from grn_scale.sampling.guidance import GuidedNetwork, Prediction
 from grn_scale.sampling.maps import flatten_maps, unflatten_maps
-from grn_scale.sampling.steps import END_TOLERANCE, is_last, predicted_share, progress
+from grn_scale.sampling.steps import (
+    END_TOLERANCE,
+    adaptive_progress,
+    is_last,
+    predicted_share,
+    steps_after,
+    temperature_factor,
+)
 from grn_scale.sampling.trace import Draws, Trace, batched
 
 MAX_TOKENS = 8192
@@ -37,6 +44,8 @@ class Generated:
 
     labels: torch.Tensor | list[torch.Tensor]
     """uint8 [B, D, t, h, w], a given first frame in front; a list of [D, t, h, w] where the shapes differ."""
+    steps: list[int]
+    """Steps that each sample took."""
     trace: dict[str, torch.Tensor | list[torch.Tensor]]
     """With record=True the values of every step (see `Trace.result`), else empty."""
 
@@ -84,12 +93,14 @@ def generate(model: GRN, conditions: Sequence[Condition], settings: SamplingSett
     given = None if draws is None else Draws(draws)
     trace = Trace() if record else None
     labels: list[torch.Tensor] = []
+    steps: list[int] = []
     with torch.inference_mode():
         for members in split(conditions, max_tokens, guided=both or settings.guidance != 1.0):
             run = Refinement(model, settings, seed, first_draw, given, trace, both)
             labels += run(conditions, members, observe)
+            steps += run.steps
     # Copies made outside the inference mode are ordinary tensors.
-    return Generated(batched(labels, 0) if labels else [], trace.result() if trace else {})
+    return Generated(batched(labels, 0) if labels else [], steps, trace.result() if trace else {})
 
 
 def split(conditions: Sequence[Condition], max_tokens: int, guided: bool) -> Iterator[range]:
@@ -120,6 +131,8 @@ class _Group:
     mixed: torch.Tensor
     shares: list[float]
     """Of predictions in `mixed`, counted."""
+    after: list[int | None]
+    """Steps that each sample gets after the decision of adaptive sampling; None before it, and without it."""
 
 
 class Refinement:
@@ -131,16 +144,20 @@ class Refinement:
         self.seed, self.first_draw = seed, first_draw
         self.channels, self.classes = model.config.label_channels, model.config.classes
         self.tolerance = END_TOLERANCE[model.config.layout]
+        self.steps: list[int] = []
+        """Of the members, once the run is over."""
 
     def __call__(self, conditions: Sequence[Condition], members: Sequence[int],
                  observe: Callable[[StepMaps], None] | None) -> list[torch.Tensor]:
         """Labels uint8 [D, t, h, w] on the CPU of the members, in their order."""
         group = self._start([conditions[n] for n in members], tuple(members))
         done: dict[int, torch.Tensor] = {}
+        taken: dict[int, int] = {}
         step = 0
         while group.members:
-            last = [is_last(step, self.settings.steps, share, self.tolerance) for share in group.shares]
+            fed = group.shares
             predicted = self._step(group, step)
+            last = [is_last(step, self._steps(after), share, self.tolerance) for share, after in zip(fed, group.after)]
             ended = [n for n, end in zip(group.members, last) if end]
             if observe is not None:
                 observe(StepMaps(step, group.members, tuple(group.shares), frozenset(ended), group.network.conditions,
@@ -148,11 +165,13 @@ class Refinement:
             if ended:
                 maps = unflatten_maps(predicted, group.network.conditions, whole=True)
                 done |= {n: labels.cpu() for n, labels, end in zip(group.members, maps, last) if end}
+                taken |= dict.fromkeys(ended, step + 1)
                 group = self._without(group, last)
             step += 1
         if self.trace:
             for n in members:
                 self._record_result(n, done[n])
+        self.steps = [taken[n] for n in members]
         return [done[n] for n in members]
 
     def _start(self, conditions: list[Condition], members: tuple[int, ...]) -> _Group:
@@ -169,7 +188,7 @@ class Refinement:
         else:
             random = self._random(network, members, counter, "sample noise")
             noise = (random >> (32 - self.classes.bit_length() + 1)).to(torch.uint8)
-        group = _Group(network, members, counter, noise, noise, [0.0] * len(members))
+        group = _Group(network, members, counter, noise, noise, [0.0] * len(members), [None] * len(members))
         if self.trace:
             for n, labels in zip(members, self._maps(group, noise)):
                 self.trace.add("initial_labels", n, labels)
@@ -180,35 +199,69 @@ class Refinement:
         settings = self.settings
         guidance = [settings.guidance_at(share) for share in group.shares]
         prediction = group.network(group.mixed, group.shares, guidance, always_both=self.both)
+        if settings.adaptive and step == settings.adaptive.wp:
+            self._decide(group, prediction)
+        temperature = self._temperature(group, step)
         keyed_by = (group.network, group.members, group.counter_PD)
         if self.draws:
             predicted = self._given(group, "sampled_labels", step)
         else:
-            predicted = choose(prediction.scores, settings.temperature, self._random(*keyed_by, "sample label", step))
-        target = predicted_share(progress(step, settings.tmax), settings.shift, settings.end_fraction)
+            predicted = choose(prediction.scores, temperature, self._random(*keyed_by, "sample label", step))
+        targets = [self._target(step, after) for after in group.after]
         if self.draws:
             mask = self._given(group, "use_predict_mask", step).bool()
         else:
-            mask = self._random(*keyed_by, "sample mask", step) < int(target * WORDS)
+            below_N = torch.tensor([int(target * WORDS) for target in targets], device=group.network.device)
+            mask = self._random(*keyed_by, "sample mask", step) < below_N[group.network.sample_P, None]
         fed = group.shares
         group.mixed = torch.where(mask, predicted, group.noise)
         counts = torch.zeros(len(fed), dtype=torch.int64, device=mask.device)
         counts = counts.index_add(0, group.network.sample_P, mask.sum(dim=1)).tolist()
         group.shares = [n / (tokens * self.channels) for n, tokens in zip(counts, group.network.predicted_counts)]
         if self.trace:
-            self._record_step(group, prediction, predicted, mask, fed, guidance, target)
+            self._record_step(group, prediction, predicted, mask, fed, guidance, targets, temperature)
         return predicted
+
+    def _steps(self, after: int | None) -> int:
+        """Steps of a sample in all, as far as it is known."""
+        return self.settings.most_steps if after is None else self.settings.adaptive.wp + after
+
+    def _target(self, step: int, after: int | None) -> float:
+        settings = self.settings
+        wp = settings.adaptive.wp if settings.adaptive else 0
+        return predicted_share(adaptive_progress(step, settings.tmax, wp, after), settings.shift, settings.end_fraction)
+
+    def _temperature(self, group: _Group, step: int) -> float | torch.Tensor:
+        rule = self.settings.adaptive
+        if rule is None or not rule.temperature_factor or step < rule.wp:
+            return self.settings.temperature
+        by_sample = [self.settings.temperature * temperature_factor(after) for after in group.after]
+        return torch.tensor(by_sample, device=group.network.device)[group.network.sample_P]
+
+    def _decide(self, group: _Group, prediction: Prediction) -> None:
+        """Adaptive sampling: fix the number of steps of the group's samples (all are at the same step)."""
+        entropy = self._entropies(group, prediction)
+        group.after = [steps_after(e, self.settings.adaptive, self.settings.tmax) for e in entropy]
+        if self.trace:
+            for n, e, after in zip(group.members, entropy, group.after):
+                self.trace.add("decision_entropy", n, e)
+                self.trace.add("dynamic_steps", n, float(after))
+
+    def _entropies(self, group: _Group, prediction: Prediction) -> list[float]:
+        """Mean relative entropy of each sample's conditional prediction."""
+        by_label = relative_entropy(self.model.head(prediction.conditional_PC))
+        return [part.double().mean().item() for part in by_label.split(group.network.predicted_counts)]
 
     def _without(self, group: _Group, ended: Sequence[bool]) -> _Group:
         """The group's samples that have not ended."""
         stay = [i for i, end in enumerate(ended) if not end]
         members = tuple(group.members[i] for i in stay)
         if not stay:
-            return _Group(group.network, (), *[group.noise[:0]] * 3, [])
+            return _Group(group.network, (), *[group.noise[:0]] * 3, [], [])
         rows = ~torch.tensor(ended, device=group.network.device)[group.network.sample_P]
         network = GuidedNetwork(self.model, [group.network.conditions[i] for i in stay])
         return _Group(network, members, group.counter_PD[rows], group.noise[rows], group.mixed[rows],
-                      [group.shares[i] for i in stay])
+                      [group.shares[i] for i in stay], [group.after[i] for i in stay])
 
     def _random(self, network: GuidedNetwork, members: Sequence[int], counter_PD: torch.Tensor, purpose: str,
                 *key: int) -> torch.Tensor:
@@ -224,18 +277,19 @@ class Refinement:
         return unflatten_maps(flat_PD, group.network.conditions, whole=False)
 
     def _record_step(self, group: _Group, prediction: Prediction, predicted: torch.Tensor, mask: torch.Tensor,
-                     fed: Sequence[float], guidance: Sequence[float], target: float) -> None:
+                     fed: Sequence[float], guidance: Sequence[float], targets: Sequence[float],
+                     temperature: float | torch.Tensor) -> None:
         counts, head = group.network.predicted_counts, self.model.head
         tokens = {"cond_logits": head.logits(prediction.conditional_PC).split(counts),
-                  "probs": probabilities(prediction.scores, self.settings.temperature).split(counts)}
+                  "probs": probabilities(prediction.scores, temperature).split(counts)}
         if self.both:
             tokens["uncond_logits"] = head.logits(prediction.unconditional_UC).split(counts)
-        entropy = relative_entropy(head(prediction.conditional_PC)).split(counts)
+        entropy = self._entropies(group, prediction)
         maps = {"sampled_labels": self._maps(group, predicted), "mixed_labels_out": self._maps(group, group.mixed),
                 "use_predict_mask": self._maps(group, mask.to(torch.uint8))}
         for i, n in enumerate(group.members):
-            numbers = {"cur_pt": fed[i], "next_pt_target": target, "next_pt_realised": group.shares[i],
-                       "cfg_used": guidance[i], "entropy": entropy[i].double().mean().item()}
+            numbers = {"cur_pt": fed[i], "next_pt_target": targets[i], "next_pt_realised": group.shares[i],
+                       "cfg_used": guidance[i], "entropy": entropy[i]}
             for name, value in numbers.items():
                 self.trace.add(name, n, float(value))
             for name, values in (tokens | maps).items():

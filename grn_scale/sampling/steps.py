@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+from grn_scale.config.schema import AdaptiveConfig
 from grn_scale.model.refinement import shift_ratio
 
 END_TOLERANCE = {"v1": 1e-6, "v2": 0.02}
@@ -17,6 +18,27 @@ END_TOLERANCE = {"v1": 1e-6, "v2": 0.02}
 def progress(step: int, tmax: int) -> float:
     """Place of a step (from 0) in a schedule of tmax - 1 steps, in (0, 1]; later steps stay at its end."""
     return min(1.0, (step + 1) / (tmax - 1))
+
+
+def steps_after(entropy: float, rule: AdaptiveConfig, tmax: int) -> int:
+    """Steps that a sample still gets after its first rule.wp, from its relative entropy at step wp."""
+    return min(max(round(rule.k * entropy + rule.b), rule.tmin - rule.wp), tmax - rule.wp)
+
+
+def adaptive_progress(step: int, tmax: int, wp: int, after: int | None) -> float:
+    """As `progress`, where what is left after wp steps is gone through in `after` steps (None: not decided yet).
+
+    after = tmax - wp gives `progress` itself.
+    """
+    if after is None or step < wp:
+        return progress(step, tmax)
+    begin = wp / (tmax - 1)
+    return min(1.0, begin + (1 - begin) * (step + 1 - wp) / max(1, after - 1))
+
+
+def temperature_factor(after: int) -> float:
+    """Factor on the temperature of a sample that gets `after` steps after the decision (GRN reference, section 7)."""
+    return min(max((after - 10) / 40 + 0.5, 0.5), 1.0)
 
 
 def predicted_share(place: float, shift: float, end_fraction: float) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-PER_SAMPLE = ("initial_labels", "final_latent")
+PER_SAMPLE = ("initial_labels", "final_latent", "decision_entropy", "dynamic_steps")
 """Names with one value for each sample; every other one has a value for each step."""
 
 

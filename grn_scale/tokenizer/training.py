@@ -25,6 +25,7 @@ from safetensors.torch import save
 from grn_scale import keyed
 from grn_scale.atomic import write_bytes
 from grn_scale.command_line import CommandParser, config_yaml, run, save_config, start_logging
+from grn_scale.config.load import changes, parse_yaml, to_dict
 from grn_scale.config.schema import LoggingConfig
 from grn_scale.data.decode import DecodedClip, DecodeRequest
 from grn_scale.data.decode_pool import DecodePool
@@ -48,6 +49,10 @@ from grn_scale.train.metrics import MetricsLog, read_metrics
 CHECKPOINT = "checkpoint.safetensors"
 TOKENIZER = "tokenizer.safetensors"
 """The moving average of the weights in fp16: what `tokenizer.path` names."""
+FREE_KEYS = ("output", "train.threads", "train.validate_every", "train.checkpoint_every", "train.log_every",
+             "data.held_out", "data.held_out_clips", "data.decode_processes", "data.decode_timeout_seconds",
+             "data.memory_megabytes")
+"""May differ between the attempts of a run; with anything else changed it would be another run."""
 log = logging.getLogger("grn_scale.tokenizer")
 
 
@@ -184,20 +189,25 @@ class State:
         write_bytes(folder / TOKENIZER, save({name: tensor.half().cpu().contiguous()
                                               for name, tensor in self.ema.state_dict().items()}))
 
-    def load(self, path: Path) -> None:
-        """Continue from a checkpoint; UserError where it is damaged or belongs to another shape."""
+    def load(self, path: Path, config: TokenizerTrainingConfig) -> None:
+        """Continue from a checkpoint; UserError where it is damaged, ConfigError where `config` is of another run."""
         try:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-                step = int(file.metadata()["step"])
+                about = file.metadata()
+                step, saved = int(about["step"]), parse_yaml(about["config"], str(path))
         except (OSError, SafetensorError, KeyError, TypeError) as error:
             raise UserError(f"cannot read {path} as a checkpoint: {error}") from error
+        changed = {key: change for key, change in changes(saved, to_dict(config)).items() if key not in FREE_KEYS}
+        if changed:
+            listed = "; ".join(f"{key} {change}" for key, change in changed.items())
+            raise ConfigError(f"{path} was trained with another configuration ({listed}): give it as it was, or "
+                              "another output")
         for prefix, module in (("model/", self.model), ("ema/", self.ema)):
             part = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
             own = module.state_dict()
             if {name: t.shape for name, t in part.items()} != {name: t.shape for name, t in own.items()}:
-                raise UserError(f"{path} holds a tokenizer of other widths than the model section asks for: give the "
-                                "configuration it was trained with, or another output")
+                raise UserError(f"{path} does not hold the tensors of its own configuration; take another checkpoint")
             module.load_state_dict(part)
         for optimizer in self.optimizers:
             for name, parameter in self.model.named_parameters():
@@ -334,7 +344,7 @@ def main(argv: list[str]) -> int:
         if not value:
             raise ConfigError(f"{name} is not set: give {name}=VALUE, or write it in the run file")
     folder, checkpoint = Path(config.output), Path(config.output) / CHECKPOINT
-    if options.resume == "none" and checkpoint.exists():
+    if options.resume == "none" and (checkpoint.exists() or (folder / TOKENIZER).exists()):
         raise ConfigError(f"{folder} holds a run already: continue it with --resume auto, or give another output")
     if options.resume == "must" and not checkpoint.exists():
         raise ConfigError(f"--resume must: there is no {checkpoint}")
@@ -344,7 +354,7 @@ def main(argv: list[str]) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     state = State(config, device)
     if checkpoint.exists():
-        state.load(checkpoint)
+        state.load(checkpoint, config)
         log.info("continuing from step %d", state.step)
     data = config.data
     sources = decode_sources(data.manifests, data.shares, data, data.sides)

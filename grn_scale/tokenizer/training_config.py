@@ -24,9 +24,9 @@ class ShapeConfig:
 
     def __post_init__(self) -> None:
         require_positive("model", dim=self.dim, dec_dim=self.dec_dim, latent_channels=self.latent_channels,
-                         residual_blocks=self.residual_blocks, **dict.fromkeys(["multipliers"], min(self.multipliers)))
-        require(len(self.multipliers) == 4, f"model.multipliers has {len(self.multipliers)} values, but stride 16 "
-                                            "takes 4 stages: give 4")
+                         residual_blocks=self.residual_blocks)
+        require(len(self.multipliers) == 4 and min(self.multipliers) > 0,
+                f"model.multipliers is {list(self.multipliers)}, but stride 16 takes 4 stages: give 4 numbers above 0")
         require(1 <= self.rounds <= 8, f"model.rounds is {self.rounds}, but must lie between 1 and 8")
         for narrow, wide in zip(self.multipliers, self.multipliers[1:]):
             require(wide % narrow == 0 and 8 * narrow % wide == 0,
@@ -110,6 +110,8 @@ class PhasesConfig:
                     f"train.phases holds {[steps, frames, clips]}, but steps and clips must be above 0, frames 1 + 4k")
         require_positive("train", checkpoint_every=self.checkpoint_every, log_every=self.log_every,
                          small_batch_factor=self.small_batch_factor)
+        for name in ("unquantized_steps", "validate_every", "threads"):
+            require(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}, but must not be negative")
         require(self.l1_weight >= 0 and self.mse_weight >= 0 and self.l1_weight + self.mse_weight > 0,
                 "train.l1_weight and train.mse_weight must not be negative, nor both 0")
 
@@ -147,7 +149,11 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         require_choice("optimizer.schedule", self.schedule, ("cosine", "constant"))
         require_positive("optimizer", lr=self.lr, clip_norm=self.clip_norm)
-        require(self.muon_lr >= 0, f"optimizer.muon_lr is {self.muon_lr}, but must not be negative")
+        for name in ("muon_lr", "weight_decay"):
+            require(getattr(self, name) >= 0, f"optimizer.{name} is {getattr(self, name)}, but must not be negative")
+        require(all(0 <= beta < 1 for beta in self.betas),
+                f"optimizer.betas is {list(self.betas)}, but both must lie in [0, 1)")
+        require(0 <= self.end_factor <= 1, f"optimizer.end_factor is {self.end_factor}, but must lie between 0 and 1")
         require(0 <= self.ema_decay < 1, f"optimizer.ema_decay is {self.ema_decay}, but must lie in [0, 1)")
         require(self.warmup_steps >= 0, f"optimizer.warmup_steps is {self.warmup_steps}, but must not be negative")
 

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from grn_scale.atomic import append_line
 from grn_scale.data.loader import BadSample
 from grn_scale.errors import DoNotRequeue
 
@@ -40,7 +41,7 @@ class BadSamples:
         if self._writes:
             with self._path.open("a", encoding="utf-8") as file:
                 for bad in new.values():
-                    file.write(json.dumps({"step": step, **dataclasses.asdict(bad)}) + "\n")
+                    append_line(file, json.dumps({"step": step, **dataclasses.asdict(bad)}))
         if len(self._keys) > self._limit:
             last = list(new.values())[-1]
             raise DoNotRequeue(

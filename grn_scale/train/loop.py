@@ -6,10 +6,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grn_scale.batch import Sample
 from grn_scale.config.schema import Config
+from grn_scale.data.ledger import record_step
 from grn_scale.data.loader import PackLoader, StepData
 from grn_scale.data.plan import DataState
 from grn_scale.errors import DoNotRequeue
@@ -47,6 +49,8 @@ class Run:
     validation: Sequence[PackedBatch]
     """This rank's held-out packs, corrupted once and for all; empty without validation."""
     bad_samples: BadSamples
+    ledger: Path | None
+    """File that gets a line for each step; None on all processes but the first, and without data.ledger."""
     metrics: MetricsLog
     progress: TrainingProgress
     save: Callable[[Position], None]
@@ -73,6 +77,8 @@ def train(run: Run, position: Position) -> None:
         samples = sum(len(pack.draws) for pack in data.packs)
         position = Position(position.step + 1, position.samples_seen + samples, data.state_after)
 
+        if run.ledger:
+            record_step(run.ledger, position.step, data.packs)
         row = metrics_row(run, data, result, rate, data_wait, time.perf_counter() - begin)
         run.metrics.write(position.step, row)
         run.progress.step(position.step, row)

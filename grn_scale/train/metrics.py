@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from grn_scale.atomic import atomic_file
+from grn_scale.atomic import append_line, atomic_file
 from grn_scale.config.schema import LoggingConfig
 from grn_scale.errors import ConfigError, UserError
 
@@ -86,8 +86,7 @@ class MetricsLog:
     def _append(self, step: int, values: Values) -> dict[str, Any]:
         row = {"run": self.run_id, "attempt": self.attempt, "step": step, "time": round(time.time(), 3),
                **{key: _json_value(value) for key, value in values.items()}}
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        append_line(self._file, json.dumps(row, allow_nan=False))
         return row
 
 

@@ -18,6 +18,7 @@ LAYOUTS = {
     "TP2 with SP": (2, {"tensor": 2}),
     "TP2 without SP": (2, {"tensor": 2, "sequence": False}),
     "PP2": (2, {"pipeline": 2}),
+    "PP2 x VPP2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
     "DP2 ZeRO-1": (2, {"stage": 1}),
     "DP2 ZeRO-0": (2, {"stage": 0}),
     "TP2 with SP, full recompute": (2, {"tensor": 2, "recompute": "full"}),
@@ -113,11 +114,13 @@ def test_a_rank_with_empty_packs_only_takes_part_in_the_step(pools, precision: s
         assert all(relative(found[name], weight) <= 1e-4 for name, weight in expected.weights.items())
 
 
+@pytest.mark.parametrize("where", ["loss", "gradient"])
 @pytest.mark.parametrize("precision,stage", [("fp32", 0), ("fp32", 1), ("bf16", 1)])
-def test_a_step_that_is_not_finite_is_skipped_on_every_rank_and_leaves_nothing_behind(pools, precision, stage) -> None:
+def test_a_step_that_is_not_finite_is_skipped_on_every_rank_and_leaves_nothing_behind(
+        pools, precision, stage, where) -> None:
     if 2 not in pools or not pools[2].alive:
         pools[2] = RankPool(2)
     results = pools[2].run("tests.helpers.parity:run_with_a_poisoned_step",
-                           config=parity_config(precision=precision, stage=stage))
+                           config=parity_config(precision=precision, stage=stage), where=where)
     clean, poisoned = gather(results, "clean"), gather(results, "poisoned")
     assert all(torch.equal(poisoned[name], weight) for name, weight in clean.items())

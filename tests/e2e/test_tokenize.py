@@ -267,6 +267,18 @@ def test_bad_clips_are_quarantined_with_their_reason_and_the_job_goes_on(prepare
     assert json.loads(capsys.readouterr().out)["quarantined"] == summary["quarantined"]
 
 
+def test_clips_that_failed_are_tried_again_on_request_only(prepared):
+    hurried = {"tokenize.decode_timeout_seconds": 0.001, "tokenize.max_bad_fraction": 1}
+    for _ in range(2):
+        with pytest.raises(UserError, match="no line of .* gives a sample"):
+            prepared.run("hurried", prepared.lines[:3], **hurried)
+        hurried.pop("tokenize.decode_timeout_seconds", None)  # has no effect on clips that failed already
+    assert '"timeout"' in (prepared.root / "hurried/quarantine.jsonl").read_text()
+    arguments = prepared.arguments("hurried", prepared.lines[:3])
+    assert tokenize_clips.main([*arguments, "--retry-quarantined"]) == 0
+    assert Dataset.open(prepared.root / "hurried").info.samples == 3
+
+
 def test_too_many_bad_clips_stop_the_job_for_good(prepared):
     output = prepared.root / "too-bad"
     with pytest.raises(DoNotRequeue, match="max_bad_fraction") as caught:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -67,12 +68,26 @@ def test_resuming_after_a_kill_equals_the_undisturbed_run_bit_for_bit(dataset, u
     assert losses[0] == losses[1]
 
 
-def test_two_processes_with_tensor_parallelism_train_and_resume_the_same_in_bf16(dataset, tmp_path) -> None:
-    settings = ("parallel.tensor=2", "train.precision=bf16")
+@pytest.mark.parametrize("settings", [("parallel.tensor=2", "train.precision=bf16"),
+                                      ("parallel.pipeline=2", "train.precision=fp32")])
+def test_two_processes_of_one_model_train_validate_and_resume_the_same(dataset, tmp_path, settings) -> None:
     grn_scale(*train_arguments(dataset, tmp_path / "a", *settings), processes=2)
     grn_scale(*train_arguments(dataset, tmp_path / "b", *settings, "train.steps=4"), processes=2)
     grn_scale(*train_arguments(dataset, tmp_path / "b", *settings, "--resume", "auto"), processes=2)
     assert same_state(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_ledger_proves_that_an_epoch_took_each_sample_once_over_a_resume(dataset, tmp_path) -> None:
+    settings = ("data.ledger=true", "train.validate_every=0")
+    grn_scale(*train_arguments(dataset, tmp_path / "run", *settings, "train.steps=6"))
+    grn_scale(*train_arguments(dataset, tmp_path / "run", *settings, "train.steps=12", "--resume", "must"), processes=2)
+    verify = ("verify", str(dataset / "tokens"), "--ledger", str(tmp_path / "run/ledger.jsonl"), "--json")
+    epochs = json.loads(grn_scale(*verify).stdout)["epochs"]
+    assert epochs[0]["finished"] and epochs[0]["missing"] == epochs[0]["repeated"] == 0 and epochs[0]["samples"] > 10
+    with (tmp_path / "run/ledger.jsonl").open() as file:
+        lines = file.readlines()
+    (tmp_path / "run/ledger.jsonl").write_text("".join(lines[1:]))
+    assert not json.loads(grn_scale(*verify, expect=1).stdout)["epochs"][0]["exact"]
 
 
 def test_a_corrupt_sample_is_recorded_once_and_more_than_the_limit_end_the_run_for_good(dataset, tmp_path) -> None:
@@ -108,6 +123,19 @@ def test_what_cannot_run_is_refused_with_one_message_and_no_run_folder(dataset, 
     done = grn_scale(*train_arguments(dataset, tmp_path / "run", *more), expect=code)
     assert message in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_refused_start_leaves_no_run_folder_and_a_refused_resume_leaves_the_run_as_it_was(dataset, tmp_path) -> None:
+    done = grn_scale(*train_arguments(dataset, tmp_path / "run", "data.packs_per_step=1000"), expect=2)
+    assert "too small for a step" in done.stderr and not (tmp_path / "run").exists()
+    output = tmp_path / "sound"
+    grn_scale(*train_arguments(dataset, output, "train.steps=1"))
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    for change, message in (("model.layout=v1", "another model .*layout"),
+                            ("data.token_budget=256", "middle of epoch")):
+        done = grn_scale(*train_arguments(dataset, output, change, "train.steps=2", "--resume", "auto"), expect=2)
+        assert re.search(message, " ".join(done.stderr.split())) and "Traceback" not in done.stderr
+    assert before == {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
 
 
 def test_a_used_run_folder_is_refused_without_resume(dataset, undisturbed) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -151,8 +152,11 @@ def engine_run(config: Config, steps: int, empty: bool = False) -> dict:
         parallel_state.destroy_model_parallel()
 
 
-def run_with_a_poisoned_step(config: Config) -> dict:
-    """Three steps, and the same three with one in between whose loss is not a number; chunks of both runs."""
+def run_with_a_poisoned_step(config: Config, where: str) -> dict:
+    """Three steps, and the same three with one in between that is not finite; chunks of both runs.
+
+    where: "loss" on every rank, or "gradient": of one parameter on rank 0 alone, with a sound loss.
+    """
     from megatron.core import parallel_state
 
     from grn_scale.parallel import groups
@@ -168,14 +172,26 @@ def run_with_a_poisoned_step(config: Config) -> dict:
             for step in range(3):
                 batches = batches_of_step(step, config, range(rank, PACKS, size))
                 if poisoned and step == 1:
-                    nan = [dataclasses.replace(b, label_weight_N=b.label_weight_N * torch.nan) for b in batches]
-                    assert not engine.train_step(nan, config.optimizer.lr).applied
+                    result = _poisoned_step(engine, batches, where, first=rank == 0)
+                    assert not result.applied and math.isfinite(result.sums.loss) == (where == "gradient")
                 assert engine.train_step(batches, config.optimizer.lr).applied
             found[name] = [(c.name, c.global_shape, c.offset, c.tensor.detach().float().clone().numpy())
                            for c in engine.state_chunks()["model"]]
         return found
     finally:
         parallel_state.destroy_model_parallel()
+
+
+def _poisoned_step(engine, batches: list[PackedBatch], where: str, first: bool):
+    if where == "loss":
+        batches = [dataclasses.replace(b, label_weight_N=b.label_weight_N * torch.nan) for b in batches]
+        return engine.train_step(batches, engine.config.optimizer.lr)
+    parameter = next(iter(engine.parameters.values()))
+    hook = parameter.register_hook(lambda gradient: gradient * torch.nan) if first else None
+    result = engine.train_step(batches, engine.config.optimizer.lr)
+    if hook:
+        hook.remove()
+    return result
 
 
 def gather(results: list[dict], section: str) -> dict[str, torch.Tensor]:

@@ -116,9 +116,10 @@ def test_resume_must_have_something_to_resume(clips, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_resume_with_other_widths_is_refused(clips, finished):
-    with pytest.raises(UserError, match="other widths"):
-        run(clips, finished, "--resume", "auto", "model.dim=8")
+@pytest.mark.parametrize("change", ["model.dim=8", "optimizer.muon_lr=0.02", "seed=5"])
+def test_resume_with_another_configuration_is_refused(clips, finished, change):
+    with pytest.raises(ConfigError, match=f"another configuration .*{change.partition('=')[0]}"):
+        run(clips, finished, "--resume", "auto", change)
 
 
 def test_a_damaged_checkpoint_is_refused(clips, tmp_path):
