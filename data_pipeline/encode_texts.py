@@ -10,12 +10,11 @@ import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from grn_scale.data_pipeline.chunks import ChunkRecord, digest, finished, read_record, retire_shard, write_record
-from grn_scale.data_pipeline.meter import Meter
-
 from grn_scale.data.index_parts import TEXT_SCHEMA, part_path, read_table, write_text_part
 from grn_scale.data.schema import Caption, TextRef
 from grn_scale.data.shards import write_shard
+from grn_scale.data_pipeline.chunks import ChunkRecord, digest, finished, read_record, retire_shard, write_record
+from grn_scale.data_pipeline.meter import Meter
 from grn_scale.errors import UserError
 from grn_scale.tokenizer.text import TextEncoder, tagged_caption, text_key
 

@@ -14,6 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from grn_scale.config.schema import TokenizeConfig
+from grn_scale.data.decode import DecodedClip, DecodeError, DecodeRequest
+from grn_scale.data.decode_pool import DecodePool
+from grn_scale.data.manifest import Clip
+from grn_scale.data.shards import ShardWriter, write_shard
 from grn_scale.data_pipeline.chunks import (
     ChunkRecord,
     Problem,
@@ -28,12 +34,6 @@ from grn_scale.data_pipeline.chunks import (
     write_record,
 )
 from grn_scale.data_pipeline.meter import Meter
-
-from grn_scale.config.schema import TokenizeConfig
-from grn_scale.data.decode import DecodedClip, DecodeError, DecodeRequest
-from grn_scale.data.decode_pool import DecodePool
-from grn_scale.data.manifest import Clip
-from grn_scale.data.shards import ShardWriter, write_shard
 from grn_scale.errors import DoNotRequeue
 from grn_scale.hbq import pack_bits
 from grn_scale.tokenizer.clips import encode_frames

@@ -21,10 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from grn_scale.data_pipeline.chunks import ChunkRecord, Source, VideoSettings, retire_dataset
-from grn_scale.data_pipeline.encode_texts import TextStage
-from grn_scale.data_pipeline.encode_videos import VideoStage
-from grn_scale.data_pipeline.meter import Meter
 
 from grn_scale.atomic import write_bytes, write_json
 from grn_scale.command_line import CommandParser, run, save_config, start_logging
@@ -34,6 +30,10 @@ from grn_scale.data.index_parts import part_path, snapshot_of, write_video_part
 from grn_scale.data.manifest import load_manifest
 from grn_scale.data.schema import FORMAT_VERSION, DatasetInfo, IndexRow
 from grn_scale.data.shards import write_dataset_info
+from grn_scale.data_pipeline.chunks import ChunkRecord, Source, VideoSettings, retire_dataset
+from grn_scale.data_pipeline.encode_texts import TextStage
+from grn_scale.data_pipeline.encode_videos import VideoStage
+from grn_scale.data_pipeline.meter import Meter
 from grn_scale.errors import ConfigError, UserError
 from grn_scale.tokenizer import load_tokenizer
 from grn_scale.tokenizer.text import load_text_encoder

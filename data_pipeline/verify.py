@@ -208,9 +208,8 @@ def decode_samples(dataset: Dataset, config: Config, count: int, manifest: str |
 
 
 def _sources(dataset: Dataset, manifest: str, config: Config) -> dict[str, Any]:
-    from grn_scale.data_pipeline.chunks import VideoSettings, find_sources
-
     from grn_scale.data.manifest import load_manifest
+    from grn_scale.data_pipeline.chunks import VideoSettings, find_sources
 
     info = dataset.info
     settings = VideoSettings(info.tokenizer_fingerprint, info.latent_channels, info.rounds, info.fps,

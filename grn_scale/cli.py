@@ -44,6 +44,12 @@ COMMANDS = (
             "grn-scale train-tokenizer --config configs/tokenizer/small.yaml data.manifest=a.jsonl output=runs/tok"),
     Command("sample", "grn_scale.sampling.command", "sample videos from a checkpoint",
             "grn-scale sample --run runs/first text.encoder=encoder/ --prompt 'a red circle' output=samples/"),
+    Command("convert", "grn_scale.convert.command", "convert weights between official, own and Hugging Face forms",
+            "grn-scale convert --input GRN_T2V_2B.pth --from official --to native --output ckpt/"),
+    Command("inspect", "grn_scale.convert.inspect_command", "say what a file of weights holds, or how two differ",
+            "grn-scale inspect GRN_T2V_2B.pth"),
+    Command("evaluate", "grn_scale.evaluation.command", "measure a trained model, or fit the sampler to it",
+            "grn-scale evaluate --run runs/first --held-out data.dataset=tokens/ output=measured/"),
     Command("bench", "grn_scale.perf.bench", "measure tokenization, shard reading and training, as JSON",
             "grn-scale bench --config configs/runs/demo.yaml"),
 )

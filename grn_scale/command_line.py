@@ -135,12 +135,13 @@ def dotted_keys(schema: type) -> dict[str, Any]:
 class CommandParser(argparse.ArgumentParser):
     """Arguments of one command: its own options, and where it is `configured`, the configuration on top.
 
-    schema: dataclass that --config and overrides are read into; None for the `Config` of all commands.
+    schema: dataclass that --config and overrides are read into, or several, of which the keys given choose one
+    (`load_config`); None for the `Config` of all commands.
     Bad usage raises ConfigError.
     """
 
     def __init__(self, name: str, description: str, example: str, *, configured: bool = True,
-                 schema: type | None = None, json: bool = False) -> None:
+                 schema: type | tuple[type, ...] | None = None, json: bool = False) -> None:
         super().__init__(prog=f"grn-scale {name}", description=description, epilog=f"example:\n  {example}",
                          formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
         self.configured = configured
@@ -166,7 +167,10 @@ class CommandParser(argparse.ArgumentParser):
         from grn_scale.config.schema import Config
 
         schema = self.schema or Config
-        options = self.parse_intermixed_args(self._fold_overrides(argv, dotted_keys(schema)))
+        keys: dict[str, Any] = {}
+        for each in schema if isinstance(schema, tuple) else (schema,):
+            keys |= dotted_keys(each)
+        options = self.parse_intermixed_args(self._fold_overrides(argv, keys))
         return load_config(options.config, options.overrides, schema), options
 
     def _fold_overrides(self, argv: list[str], keys: dict[str, Any]) -> list[str]:

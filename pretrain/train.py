@@ -19,14 +19,16 @@ from typing import TYPE_CHECKING
 from grn_scale import __version__
 from grn_scale.command_line import CommandParser, run, save_config, start_logging
 from grn_scale.config.check import check_layout, check_output, check_set, check_training
-from grn_scale.config.load import changes, to_dict
+from grn_scale.config.load import build, changes, to_dict
 from grn_scale.config.schema import Config
 from grn_scale.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
 
-    from grn_scale.batch import Sample
+    from grn_scale.batch import Draw, Sample
+    from grn_scale.class_to_image.batch import ClassBatch
+    from grn_scale.class_to_image.config import ClassConfig
     from grn_scale.data.plan import Plan
     from grn_scale.data.shards import Dataset
     from grn_scale.model.pack import PackedBatch
@@ -37,8 +39,12 @@ log = logging.getLogger("grn_scale.train")
 
 
 def main(argv: list[str]) -> int:
-    parser = CommandParser("train", "Pretrain a GRN on token shards, on any number of processes.",
-                           "grn-scale train --config configs/runs/demo.yaml data.dataset=tokens/ output=runs/first")
+    from grn_scale.class_to_image.config import ClassConfig
+
+    parser = CommandParser("train", "Pretrain a GRN on token shards, on any number of processes. With a model of "
+                           "configs/class/ it makes images by class, else video from text.",
+                           "grn-scale train --config configs/runs/demo.yaml data.dataset=tokens/ output=runs/first",
+                           schema=(Config, ClassConfig))
     under_slurm = "SLURM_JOB_ID" in os.environ
     parser.add_argument("--resume", default="auto" if under_slurm else "none", metavar="none|auto|must|PATH",
                         help="which checkpoint to continue from (default: none, under Slurm auto)")
@@ -71,6 +77,7 @@ def train_run(config: Config, resume: str) -> None:
     import torch
 
     from grn_scale.checkpoint.checkpoint import resolve_resume
+    from grn_scale.class_to_image.config import ClassConfig
     from grn_scale.data.ledger import LEDGER
     from grn_scale.data.loader import PackLoader, check_step_size
     from grn_scale.data.packing import Cost
@@ -91,6 +98,8 @@ def train_run(config: Config, resume: str) -> None:
         dataset = Dataset.open(config.data.dataset)
         plan = Plan.of(dataset, config.data, config.seed)
         check_step_size(plan, config.data.packs_per_step)
+        if isinstance(config, ClassConfig):
+            check_images(dataset, config)
         validated = config.train.validate_every > 0
         held_out = Plan.of(dataset, config.data, config.seed, split="validation") if validated else None
         folder, first = Path(config.output), torch.distributed.get_rank() == 0
@@ -100,13 +109,14 @@ def train_run(config: Config, resume: str) -> None:
         data_rank, data_size = groups.data_parallel()
         engine = TrainEngine(config, device)
         position = restore(engine, checkpoint, plan)
-        assemble = functools.partial(pack_batch, config=config, device=device)
+        assemble = functools.partial(assembler(config, dataset, device), drop=True)
         cost = Cost.of_shape(config.model.num_layers, config.model.hidden_size, config.model.ffn_hidden_size)
         loader = PackLoader(dataset, plan, position.data, packs_per_step=config.data.packs_per_step, cost=cost,
                             gamma=config.loss.gamma, dp_rank=data_rank, dp_size=data_size)
         bad_samples = BadSamples(folder, config.data.bad_sample_limit, position.data.skip, groups.gather_objects,
                                  writes=first)
-        validation = validation_batches(dataset, held_out, config, data_rank, data_size, assemble) if held_out else []
+        validation = validation_batches(dataset, held_out, config, data_rank, data_size,
+                                        assembler(config, dataset, device)) if held_out else []
         if first:
             folder.mkdir(parents=True, exist_ok=True)
             save_config(config, folder)
@@ -118,7 +128,7 @@ def train_run(config: Config, resume: str) -> None:
               TrainingProgress(config.train.steps, position.step, shown=first) as progress):
             ledger = folder / LEDGER if first and config.data.ledger else None
             train(Run(config, engine, loader, assemble, validation, bad_samples, ledger, metrics, progress, save,
-                      total_peak), position)
+                      functools.partial(draws_flops, config), total_peak), position)
     finally:
         groups.stop()
 
@@ -128,16 +138,49 @@ def threads_per_process() -> int:
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def pack_batch(samples: Sequence[Sample], weights: dict[int, float], *, config: Config,
-               device: torch.device) -> PackedBatch:
-    """The packed batch of one micro-batch. Processes that share a copy of the model agree on which samples are bad."""
-    from grn_scale.model.pack import assemble
+def assembler(config: Config, dataset: Dataset,
+              device: torch.device) -> Callable[[Sequence[Sample], dict[int, float]], PackedBatch | ClassBatch]:
+    """What turns the samples of one micro-batch and the step's loss weights into the batch on the device.
+
+    Processes that share a copy of the model agree on which samples are bad. A class is dropped only with drop=True: of
+    captions the plan has decided already, and held-out draws go without it.
+    """
+    from grn_scale.class_to_image import batch as images
+    from grn_scale.class_to_image.config import ClassConfig
+    from grn_scale.model import pack
     from grn_scale.parallel import groups
 
-    valid = groups.agree([sample.valid for sample in samples])
-    samples = [replace(sample, valid=flag) for sample, flag in zip(samples, valid)]
-    return assemble(samples, weights, config=config.model, noise=config.noise, seed=config.seed,
-                    length=config.data.token_budget, device=device)
+    common = {"config": config.model, "noise": config.noise, "seed": config.seed, "device": device}
+
+    def assemble(samples: Sequence[Sample], weights: dict[int, float], drop: bool = False) -> PackedBatch | ClassBatch:
+        valid = groups.agree([sample.valid for sample in samples])
+        samples = [replace(sample, valid=flag) for sample, flag in zip(samples, valid)]
+        if isinstance(config, ClassConfig):
+            return images.assemble(samples, weights, class_of=lambda draw: dataset.locate(draw.row).class_id,
+                                   class_drop=config.data.caption_drop if drop else 0.0, **common)
+        return pack.assemble(samples, weights, length=config.data.token_budget, **common)
+
+    return assemble
+
+
+def check_images(dataset: Dataset, config: ClassConfig) -> None:
+    """UserError naming a sample that a class-to-image model cannot train on; one pass over the index."""
+    from grn_scale.class_to_image.batch import check_image
+
+    for shard in range(len(dataset.shard_sizes)):
+        for row in dataset.rows(shard):
+            check_image(row.key, row.thw, row.class_id, config.model)
+
+
+def draws_flops(config: Config, draws: Sequence[Draw]) -> int:
+    """FLOPs of training on these draws."""
+    from grn_scale.class_to_image.config import ClassConfig
+    from grn_scale.class_to_image.flops import image_flops
+    from grn_scale.perf.flops import model_flops
+
+    if isinstance(config, ClassConfig):
+        return len(draws) * image_flops(config.model)
+    return model_flops(config.model, ((d.visual_tokens, d.predicted_tokens, d.text_tokens, d.tokens) for d in draws))
 
 
 def validation_batches(dataset: Dataset, plan: Plan, config: Config, data_rank: int, data_size: int,
@@ -167,20 +210,26 @@ def check_resume(checkpoint: Path, config: Config, plan: Plan) -> None:
     from grn_scale.data.plan import DataState
 
     saved = read_state(checkpoint)
-    changed = changes(saved["config"], to_dict(config))
+    # What an older version did not know yet has its default there.
+    model = to_dict(build(type(config.model), saved["config"]["model"], "model."))
+    changed = changes({**to_dict(config), **saved["config"], "model": model}, to_dict(config))
     if other := [f"{key} {change}" for key, change in changed.items() if key.startswith("model.")]:
         raise ConfigError(f"{checkpoint} is of another model ({'; '.join(other)}): keep the model section as it was, "
                           "or give a new output folder")
-    if saved["step"] > config.train.steps:
-        raise ConfigError(f"{checkpoint} stands at step {saved['step']}, beyond train.steps = {config.train.steps}: "
-                          "raise train.steps, or give a new output folder")
-    plan.check_state(DataState.from_dict(saved["data"]))
+    if "data" in saved:
+        if saved["step"] > config.train.steps:
+            raise ConfigError(f"{checkpoint} stands at step {saved['step']}, beyond train.steps={config.train.steps}: "
+                              "raise train.steps, or give a new output folder")
+        plan.check_state(DataState.from_dict(saved["data"]))
     for key, change in changed.items():
         log.info("changed since %s: %s %s", checkpoint.name, key, change)
 
 
 def restore(engine: TrainEngine, checkpoint: Path | None, plan: Plan) -> Position:
-    """Where the checkpoint stands, after filling the engine from it; the start of everything for None."""
+    """Where the checkpoint stands, after filling the engine from it; the start of everything for None.
+
+    A checkpoint of weights alone (as `grn-scale convert` makes it) gives the weights that training starts from.
+    """
     from grn_scale.checkpoint.checkpoint import load_checkpoint, read_state
     from grn_scale.checkpoint.store import load_chunks
     from grn_scale.data.plan import DataState
@@ -190,10 +239,16 @@ def restore(engine: TrainEngine, checkpoint: Path | None, plan: Plan) -> Positio
     if checkpoint is None:
         return Position(0, 0, plan.start())
     saved = read_state(checkpoint)
-    sections, weights = engine.restore_chunks(saved["updates"])
+    whole_state = "updates" in saved
+    sections, weights = engine.restore_chunks(saved["updates"] if whole_state else 0)
+    if not whole_state:
+        sections = {"model": sections["model"]}
     load_checkpoint(checkpoint, sections, groups.host())
     load_chunks(checkpoint / "model", weights, groups.host())
-    engine.finish_restore()
+    engine.finish_restore(restart_average=not whole_state)
+    if not whole_state:
+        log.info("starting from the weights of %s; it holds no optimizer state", checkpoint)
+        return Position(0, 0, plan.start())
     log.info("resumed from %s: step %d, %d samples seen; weights, optimizer, moving average and data position restored",
              checkpoint, saved["step"], saved["samples_seen"])
     return Position(saved["step"], saved["samples_seen"], DataState.from_dict(saved["data"]))

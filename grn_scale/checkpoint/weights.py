@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from grn_scale.checkpoint import layout
 from grn_scale.checkpoint.chunks import whole
 from grn_scale.checkpoint.index import ChunkIndex, read_json
+from grn_scale.checkpoint.stored import PIPELINE, StoredWeights, read_small_json, weights_folder
 from grn_scale.config.schema import ModelConfig
 from grn_scale.errors import UserError
 
@@ -18,17 +19,21 @@ from grn_scale.errors import UserError
 def load_weights(path: str | Path, *, ema: bool = False) -> dict[str, torch.Tensor]:
     """Official names -> full tensors on the CPU, in the dtype they were saved in.
 
-    path: a step folder, a run folder (its newest complete checkpoint) or a .safetensors file. `ema` takes the
-    moving average of the weights. The files read are checked against their checksums. UserError where there are
-    none, or they are damaged. In a distributed job each rank that calls reads for itself.
+    path: a step folder, a run folder (its newest complete checkpoint), a .safetensors file, or a folder of them in
+    Hugging Face style (of a pipeline its transformer/). `ema` takes the moving average of the weights. The files of a
+    checkpoint are checked against their checksums. UserError where there are none, or they are damaged. In a
+    distributed job each rank that calls reads for itself.
     """
     from grn_scale.checkpoint.store import load_chunks_alone  # takes a second to import: not for every command
 
     path = Path(path)
-    if path.is_file():
+    single = _hf_folder(path)
+    if path.is_file() or single is not None:
         if ema:
-            raise UserError(f"{path} is a single file and holds one set of weights; take the moving average from "
-                            "a checkpoint folder, or read the file without asking for it")
+            raise UserError(f"{path} holds one set of weights; take the moving average from "
+                            "a checkpoint folder, or read this without asking for it")
+        if single is not None:
+            return dict(single[1])
         try:
             return load_file(path)
         except (OSError, SafetensorError) as error:
@@ -46,7 +51,8 @@ def load_weights(path: str | Path, *, ema: bool = False) -> dict[str, torch.Tens
 
 
 def load_model_config(path: str | Path) -> ModelConfig:
-    """The model configuration that a checkpoint's run was trained with; path as in `load_weights`, but a folder.
+    """The model configuration that the weights of a checkpoint or folder belong to; path as in `load_weights`, but a
+    folder.
 
     UserError where the checkpoint does not carry one, ConfigError where this version does not know a key of it.
     """
@@ -54,12 +60,27 @@ def load_model_config(path: str | Path) -> ModelConfig:
 
     if Path(path).is_file():
         raise UserError(f"{path} holds weights, but not the model's configuration; give a checkpoint folder")
-    path = find_checkpoint(Path(path)) / layout.STATE_NAME
-    try:
-        values = read_json(path)["config"]["model"]
-    except KeyError as error:
-        raise UserError(f"{path} carries no model configuration (config.model)") from error
+    folder = _hf_folder(Path(path))
+    if folder is not None:
+        path = folder[0] / "config.json"
+        values = read_small_json(path).get("model")
+    else:
+        path = find_checkpoint(Path(path)) / layout.STATE_NAME
+        config = read_json(path).get("config")
+        values = config.get("model") if isinstance(config, dict) else None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} carries no model configuration (model)")
     return build(ModelConfig, values, "model.")
+
+
+def _hf_folder(path: Path) -> tuple[Path, StoredWeights] | None:
+    """The folder with the model's weights, and its tensors; None where `path` is none of Hugging Face style."""
+    if not path.is_dir() or layout.is_step_folder(path):
+        return None
+    if (path / PIPELINE).is_file():
+        path = path / "transformer"
+    weights = weights_folder(path)
+    return None if weights is None else (path, weights)
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grn_scale.config.schema import Config
+from grn_scale.config.schema import Config, ModelConfig
 from grn_scale.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -50,8 +50,9 @@ def check_layout(config: Config, world_size: int) -> None:
 
 def check_training(config: Config, dataset: DatasetInfo) -> None:
     """ConfigError unless the model fits the labels and text features of the dataset."""
-    pairs = (("latent_channels", dataset.latent_channels), ("rounds", dataset.rounds),
-             ("text_hidden_size", dataset.text_hidden_size), ("task_tags", dataset.task_tags))
+    pairs = [("latent_channels", dataset.latent_channels), ("rounds", dataset.rounds)]
+    if isinstance(config.model, ModelConfig):  # a class-to-image model reads no text
+        pairs += [("text_hidden_size", dataset.text_hidden_size), ("task_tags", dataset.task_tags)]
     where = config.data.dataset or "the dataset"
     _refuse(
         f"model.{name} is {_plain(getattr(config.model, name))}, but {where} was tokenized with {_plain(value)}: "

@@ -172,8 +172,10 @@ def apply_overrides(values: dict[str, Any], overrides: Iterable[str], cls: type,
     return values
 
 
-def load_config(path: str | Path | None, overrides: Iterable[str] = (), cls: type[T] = Config) -> T:
-    """Configuration from a YAML file (None: defaults) and dotted overrides.
+def load_config(path: str | Path | None, overrides: Iterable[str] = (),
+                cls: type[T] | tuple[type[T], ...] = Config) -> T:
+    """Configuration from a YAML file (None: defaults) and dotted overrides. Of several schemas the one holds that knows
+    most of the keys given, the first of those that know as many.
 
     Raises ConfigError naming file and line, or the dotted key, the rule and the remedy.
     """
@@ -184,8 +186,15 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = (), cls: typ
         if not file.exists() and not file.is_absolute() and file.parts[:1] == ("configs",):
             file = shipped_file(str(Path(*file.parts[1:])))
         values, base = _read_mapping(file, "--config"), file.resolve().parent
-    values = apply_overrides(values, overrides, cls, base)
-    return build(cls, values, base=base)
+    schemas = cls if isinstance(cls, tuple) else (cls,)
+    values = apply_overrides(values, overrides, schemas[0], base)
+    return build(max(schemas, key=lambda schema: _known_keys(schema, values)), values, base=base)
+
+
+def _known_keys(schema: type, values: Mapping[str, Any]) -> int:
+    hints = typing.get_type_hints(schema)
+    return sum(len(section.keys() & typing.get_type_hints(hints[key]).keys()) for key, section in values.items()
+               if isinstance(section, Mapping) and dataclasses.is_dataclass(hints.get(key)))
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -27,8 +27,31 @@ def require_positive(section: str, **values: float) -> None:
         require(value > 0, f"{section}.{name} is {value}, but must be greater than 0")
 
 
+class LabelledShape:
+    """What follows from the fields that every GRN model has."""
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def label_channels(self) -> int:
+        """D: labels a token."""
+        return self.latent_channels * (self.rounds if self.label_form == "bit" else 1)
+
+    @property
+    def classes(self) -> int:
+        """K: classes a label."""
+        return 2 if self.label_form == "bit" else 2**self.rounds
+
+    @property
+    def bits_per_token(self) -> int:
+        """Bits a token has in the shards, whatever the label form."""
+        return self.latent_channels * self.rounds
+
+
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(LabelledShape):
     """Shape of a GRN text/video transformer; travels with the weights."""
 
     hidden_size: int = 192
@@ -68,25 +91,6 @@ class ModelConfig:
         require(self.num_layers % self.num_chunks == 0,
                 f"model.num_layers ({self.num_layers}) must be a multiple of model.num_chunks ({self.num_chunks})")
         require(0 < self.end_fraction <= 1, f"model.end_fraction is {self.end_fraction}, but must lie in (0, 1]")
-
-    @property
-    def head_size(self) -> int:
-        return self.hidden_size // self.num_heads
-
-    @property
-    def label_channels(self) -> int:
-        """D: labels a token."""
-        return self.latent_channels * (self.rounds if self.label_form == "bit" else 1)
-
-    @property
-    def classes(self) -> int:
-        """K: classes a label."""
-        return 2 if self.label_form == "bit" else 2**self.rounds
-
-    @property
-    def bits_per_token(self) -> int:
-        """Bits a token has in the shards, whatever the label form."""
-        return self.latent_channels * self.rounds
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
     python -m grn_scale.demo.accuracy --config configs/runs/demo.yaml --run runs/first \\
         text.encoder=text_encoder/ output=accuracy/
 
-The prompts are the combinations of attributes that no training clip shows (`shapes.held_out`). What is counted is how
-often the detector finds the asked colour and the asked direction; chance is 1/6 and 1/4.
+The prompts are the combinations of attributes that no training clip shows (`shapes.held_out`), unless more are asked
+for. What is counted is how often the detector finds the asked colour and the asked direction; chance is 1/6 and 1/4.
 """
 
 from __future__ import annotations
@@ -20,24 +20,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
+from grn_scale import keyed
 from grn_scale.atomic import write_bytes, write_json
 from grn_scale.command_line import CommandParser, run, start_logging
 from grn_scale.config.check import check_set
 from grn_scale.config.schema import Config
-from grn_scale.data.buckets import bucket, latent_frames
+from grn_scale.data.buckets import bucket
 from grn_scale.demo import shapes
 from grn_scale.demo.detector import Detection, detect
 from grn_scale.demo.shapes import Attributes
 from grn_scale.errors import ConfigError
-from grn_scale.sampling import Condition, SamplingSettings, generate
 from grn_scale.sampling.pictures import contact_sheet, png_bytes
-from grn_scale.sampling.source import TrainedModel, open_model
-from grn_scale.sampling.video import decode_clips
-from grn_scale.tokenizer import load_tokenizer
-from grn_scale.tokenizer.text import TextEncoder, load_text_encoder, tagged_caption
-from grn_scale.tokenizer.video import VideoTokenizer
+from grn_scale.sampling.pipeline import GRNPipeline
+from grn_scale.sampling.source import open_pipeline, open_source
 
 RESULT = "accuracy.json"
 SHEET = "contact_sheet.png"
@@ -51,10 +47,16 @@ NOTHING = "none"
 """Name of the detector's answer where it sees no shape, or no motion."""
 
 
-def prompts(count: int | None = None) -> list[Attributes]:
-    """The held-out combinations (the first `count`), in a fixed order."""
+HELD_OUT = 128
+"""Combinations that no training clip shows; prompts beyond them are training's."""
+
+
+def prompts(count: int = HELD_OUT) -> list[Attributes]:
+    """The first `count` of all combinations, those held out first, in a fixed order."""
     ordered = sorted(shapes.held_out(), key=shapes.combinations().index)
-    return ordered[:count]
+    # The others in an order that mixes their attributes.
+    others = sorted(shapes.training(), key=lambda attributes: keyed.key64("accuracy prompts", attributes.caption))
+    return [*ordered, *others][:count]
 
 
 def score(asked: Sequence[Attributes], seen: Sequence[Detection]) -> dict[str, Any]:
@@ -88,27 +90,22 @@ def _share(right: Sequence[bool]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Sampler:
-    """All that turns captions into clips of the shape the configuration tokenizes."""
+    """Turns captions into clips of the shape the configuration tokenizes."""
 
-    trained: TrainedModel
-    tokenizer: VideoTokenizer
-    encoder: TextEncoder
+    pipeline: GRNPipeline
     config: Config
     steps: list[int] = field(default_factory=list)
     """Steps of each clip made so far."""
 
     def __call__(self, captions: Sequence[str], first_draw: int) -> Iterator[np.ndarray]:
         """uint8 frames [T, height, width, 3] of each caption; clip b is sample number first_draw + b of the seed."""
-        settings, model = self.config.tokenize, self.trained.model.config
-        square = bucket(1.0, settings.latent_side)
-        thw = (latent_frames(settings.max_frames), *square.grid)
-        task = "T2V" if thw[0] > 1 else "T2I"
-        *texts, empty = self.encoder.encode([*(tagged_caption(c, task, model.task_tags) for c in captions), ""])
-        sampler = SamplingSettings.of(self.config.sampling, model)
-        conditions = [Condition(text, empty, thw, square.ratio_key) for text in texts]
-        generated = generate(self.trained.model, conditions, sampler, seed=self.config.seed, first_draw=first_draw)
+        square = bucket(1.0, self.config.tokenize.latent_side)
+        conditions = self.pipeline.conditions(captions, frames=self.config.tokenize.max_frames, height=square.height,
+                                              width=square.width, ratio_key=square.ratio_key)
+        generated = self.pipeline.generate(conditions, self.pipeline.settings(self.config.sampling),
+                                           seed=self.config.seed, first_draw=first_draw)
         self.steps.extend(generated.steps)
-        return decode_clips(self.tokenizer, generated.labels, model)
+        return self.pipeline.decode(generated)
 
 
 def sample_and_detect(make: Callable[[Sequence[str], int], Iterable[np.ndarray]], asked: Sequence[Attributes],
@@ -127,22 +124,6 @@ def sample_and_detect(make: Callable[[Sequence[str], int], Iterable[np.ndarray]]
             bar.advance(task, len(batch))
 
 
-def load_sampler(config: Config, run_folder: str, raw: bool) -> Sampler:
-    """The newest checkpoint of a run with the tokenizer and text encoder it was trained behind.
-
-    The moving average of the weights unless `raw`, in train.precision. UserError where something cannot be read, or
-    is not what the run used.
-    """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    trained = open_model(run_folder, raw=raw)
-    tokenizer = load_tokenizer(config.tokenizer.path).to(device)
-    trained.check_fingerprint("tokenizer", "tokenizer.path", tokenizer.fingerprint)
-    encoder = load_text_encoder(config.text.encoder, config.text.max_tokens, device)
-    trained.check_fingerprint("text", "text.encoder", encoder.fingerprint)
-    trained.model.to(device, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
-    return Sampler(trained, tokenizer, encoder, config)
-
-
 def _label(asked: Attributes, seen: Detection) -> str:
     """The caption, and in brackets each answer of the detector that is not what was asked for."""
     wrong = [getattr(seen, name) or f"no {name}" for name in ("color", "direction")
@@ -151,25 +132,28 @@ def _label(asked: Attributes, seen: Detection) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Write accuracy.json, clips.jsonl and contact_sheet.png into the output folder and print the former; the exit code."""
+    """Write accuracy.json, clips.jsonl and contact_sheet.png into the output folder, print the first; the exit code."""
     parser = CommandParser("demo.accuracy", "Colour and direction of sampled clips against what is asked for.",
                            "python -m grn_scale.demo.accuracy --config configs/runs/demo.yaml --run runs/first "
                            "text.encoder=text_encoder/ output=accuracy/")
     parser.add_argument("--run", required=True, metavar="FOLDER", help="run folder, or one checkpoint in it")
     parser.add_argument("--raw", action="store_true", help="the trained weights, not their moving average")
-    parser.add_argument("--prompts", type=int, metavar="N", help="the first N held-out combinations (default: all 128)")
+    parser.add_argument("--prompts", type=int, default=HELD_OUT, metavar="N", help="the first N combinations, held-out "
+                        "ones first (default: all 128 of these)")
     parser.add_argument("--seeds", type=int, default=4, metavar="N", help="clips of each prompt (default: 4)")
     config, options = parser.parse_command(argv)
     check_set(config, "output", "text.encoder")
-    if options.seeds < 1 or (options.prompts is not None and options.prompts < 1):
+    if min(options.seeds, options.prompts) < 1:
         raise ConfigError("--prompts and --seeds must be at least 1")
     start_logging()
-    sampler = load_sampler(config, options.run, options.raw)
+    source = open_source(options.run)
+    pipeline, weights = open_pipeline(source, config, raw=options.raw)
+    sampler = Sampler(pipeline, config)
     chosen = prompts(options.prompts)
     asked = chosen * options.seeds
     begin = time.perf_counter()
     results = list(sample_and_detect(sampler, asked))
-    result = {"checkpoint": str(sampler.trained.checkpoint), "weights": sampler.trained.weights,
+    result = {"checkpoint": str(source.checkpoint), "weights": weights,
               "sampling": dataclasses.asdict(config.sampling), "seed": config.seed, "prompts": len(chosen),
               "seeds": options.seeds, "seconds": round(time.perf_counter() - begin, 2),
               "steps": spread_of(sampler.steps), **score(asked, [seen for _, seen in results])}

@@ -20,7 +20,8 @@ def build_model(config: ModelConfig, seed: int = 0) -> GRN:
 
 
 def load_model(path: str | Path, *, ema: bool = False) -> GRN:
-    """Plain torch model in fp32 on the CPU, from a checkpoint folder or a run folder (its newest checkpoint).
+    """Plain torch model in fp32 on the CPU, from a checkpoint folder, a run folder (its newest checkpoint), or a
+    Hugging Face style folder of the model or of a pipeline.
 
     ema: the moving average instead of the raw weights. Raises UserError where it cannot be read or does not fit.
     """

@@ -16,9 +16,12 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from grn_scale.checkpoint.chunks import Chunk
+from grn_scale.class_to_image.batch import ClassBatch
+from grn_scale.class_to_image.config import ClassModelConfig
 from grn_scale.config.schema import Config
 from grn_scale.model.loss import NOISE_BINS, LabelLoss, noise_bin_sums
 from grn_scale.model.pack import PackedBatch
+from grn_scale.parallel.class_stage import ClassStage
 from grn_scale.parallel.cpu_seam import schedule_device
 from grn_scale.parallel.fragments import (
     MOMENTS,
@@ -31,6 +34,8 @@ from grn_scale.parallel.fragments import (
 from grn_scale.parallel.groups import DeepSpeedTopology
 from grn_scale.parallel.layers import transformer_config
 from grn_scale.parallel.stage import GRNStage
+
+Batch = PackedBatch | ClassBatch
 
 
 @dataclass(frozen=True)
@@ -63,10 +68,7 @@ class TrainEngine:
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        transformer = transformer_config(config.model, config.parallel, self.dtype)
-        virtual = config.parallel.virtual_pipeline
-        self.stages = [GRNStage(config.model, transformer, i if virtual > 1 else None).to(device)
-                       for i in range(virtual)]
+        self.stages = [stage.to(device) for stage in self._build_stages()]
         self.schedule = get_forward_backward_func()
         self.data_size = parallel_state.get_data_parallel_world_size()
         self.parameters = {f"{i}.{name}": p for i, s in enumerate(self.stages) for name, p in s.named_parameters()}
@@ -95,7 +97,7 @@ class TrainEngine:
 
     # -- steps ---------------------------------------------------------------------------------------------
 
-    def train_step(self, batches: Sequence[PackedBatch], learning_rate: float) -> StepResult:
+    def train_step(self, batches: Sequence[Batch], learning_rate: float) -> StepResult:
         """Update the weights with this rank's micro-batches of one global batch (the same number on each rank)."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -125,12 +127,12 @@ class TrainEngine:
         return norm, applied
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[PackedBatch]) -> BatchSums:
+    def evaluate(self, batches: Sequence[Batch]) -> BatchSums:
         """Loss of this rank's micro-batches and everyone else's; nothing is updated."""
         return self._run(batches, forward_only=True)
 
-    def _run(self, batches: Sequence[PackedBatch], forward_only: bool) -> BatchSums:
-        def forward_step(iterator: Iterator[PackedBatch], stage: GRNStage):
+    def _run(self, batches: Sequence[Batch], forward_only: bool) -> BatchSums:
+        def forward_step(iterator: Iterator[Batch], stage: GRNStage | ClassStage):
             batch = next(iterator)
             output = stage(batch)
             if not isinstance(output, LabelLoss):
@@ -152,7 +154,7 @@ class TrainEngine:
         total = total.cpu()
         return BatchSums(total[0].item(), int(total[1]), total[2:].view(NOISE_BINS, 3))
 
-    def _fit_to_megatron(self, loss: torch.Tensor, output: LabelLoss, batch: PackedBatch):
+    def _fit_to_megatron(self, loss: torch.Tensor, output: LabelLoss, batch: Batch):
         """megatron's three values: the loss to differentiate, a token count (it divides by none), what to report.
 
         The weights of a global batch add up to 1 over all ranks; DeepSpeed averages gradients over data-parallel
@@ -203,17 +205,29 @@ class TrainEngine:
         return self.state_chunks(), weights
 
     @torch.no_grad()
-    def finish_restore(self) -> None:
-        """Take the restored weights over into the parameters the network computes with."""
+    def finish_restore(self, restart_average: bool = False) -> None:
+        """Take the restored weights over into the parameters the network computes with, and where the checkpoint
+        had no moving average, into a new one."""
         for name, parameter in self.parameters.items():
             parameter.copy_(self._restored[name])
         del self._restored
+        if restart_average:
+            for average, master in zip(self.averages, self.masters):
+                average.copy_(master)
 
     def _chunks(self, values: Sequence[torch.Tensor], prefix: str = "") -> list[Chunk]:
         return [chunk for fragment, value in zip(self.fragments, values)
                 for chunk in fragment_chunks(fragment, self.placements[fragment.name], value, prefix)]
 
     # -- construction --------------------------------------------------------------------------------------
+
+    def _build_stages(self) -> list[GRNStage | ClassStage]:
+        """This rank's part of the model: a stage for each virtual chunk, or the whole class-to-image model."""
+        model, parallel = self.config.model, self.config.parallel
+        if isinstance(model, ClassModelConfig):
+            return [ClassStage(model, self.dtype)]
+        transformer, virtual = transformer_config(model, parallel, self.dtype), parallel.virtual_pipeline
+        return [GRNStage(model, transformer, i if virtual > 1 else None) for i in range(virtual)]
 
     def _optimizer(self) -> torch.optim.Optimizer:
         settings = self.config.optimizer

@@ -21,25 +21,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from grn_scale.atomic import write_bytes, write_json
 from grn_scale.command_line import CommandParser, run, start_logging
 from grn_scale.config.check import check_output, check_set
 from grn_scale.config.load import apply_overrides, build, to_dict
-from grn_scale.config.schema import Config, ModelConfig
-from grn_scale.data.buckets import CELL_PIXELS, choose_bucket, latent_frames, nearest_ratio_key, whole_groups
+from grn_scale.config.schema import Config
+from grn_scale.data.buckets import CELL_PIXELS, choose_bucket, nearest_ratio_key, whole_groups
 from grn_scale.data.decode import DecodeError, DecodeRequest, decode_clip
 from grn_scale.errors import ConfigError, UserError
-from grn_scale.sampling.condition import Condition, SamplingSettings
 from grn_scale.sampling.film import Film
 from grn_scale.sampling.pictures import png_bytes
-from grn_scale.sampling.sampler import StepMaps, generate
-from grn_scale.sampling.source import Source, open_source
-from grn_scale.sampling.video import decode_clips, encode_first_frame, encode_mp4
-from grn_scale.tokenizer import load_tokenizer
-from grn_scale.tokenizer.text import TextEncoder, clean_caption, load_text_encoder, tagged_caption
-from grn_scale.tokenizer.video import VideoTokenizer
+from grn_scale.sampling.pipeline import task_of
+from grn_scale.sampling.sampler import StepMaps
+from grn_scale.sampling.source import Source, open_pipeline, open_source
+from grn_scale.sampling.video import encode_mp4
 
 log = logging.getLogger(__name__)
 
@@ -59,12 +55,13 @@ class Request:
     size: tuple[int, int] | None
     """Height and width in pixels."""
     first_frame: str | None
+    segments: int
     raw: bool
     """The trained weights, not their moving average."""
 
     @property
     def task(self) -> str:
-        return "I2V" if self.first_frame else "T2I" if self.frames == 1 else "T2V"
+        return task_of(self.frames, self.first_frame is not None)
 
 
 @dataclass(frozen=True)
@@ -111,6 +108,8 @@ def _parser() -> CommandParser:
                         "tokenize.latent_side, or the one nearest to --first-frame)")
     parser.add_argument("--first-frame", metavar="FILE",
                         help="image, or video whose first frame is taken, to begin with")
+    parser.add_argument("--segments", type=int, default=1, metavar="N", help="make the clip N times as long: each "
+                        "further segment continues from the last frame of the one before (default: 1)")
     parser.add_argument("--raw", action="store_true", help="the trained weights, not their moving average")
     return parser
 
@@ -141,8 +140,10 @@ def _request(options: argparse.Namespace, config: Config) -> Request:
                           f"{max(1, whole_groups(frames))} would do")
     if options.first_frame and frames == 1:
         raise ConfigError("--first-frame is given, but --frames 1 leaves nothing to sample; 5 is the fewest")
+    if options.segments < 1 or (options.segments > 1 and frames == 1):
+        raise ConfigError(f"--segments is {options.segments}, but must be at least 1, and 1 for pictures")
     return Request(tuple(prompts), options.negative, options.count, frames, _size(options.size), options.first_frame,
-                   options.raw)
+                   options.segments, options.raw)
 
 
 def _size(text: str | None) -> tuple[int, int] | None:
@@ -167,14 +168,8 @@ def sample(source: Source, config: Config, request: Request) -> dict[str, Any]:
     folder = Path(config.output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"output: {folder} is not an empty folder, and samples would overwrite it; give a new one")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = load_tokenizer(config.tokenizer.path).to(device)
-    source.check_fingerprint("tokenizer", "tokenizer.path", tokenizer.fingerprint)
-    encoder = load_text_encoder(config.text.encoder, config.text.max_tokens, device)
-    source.check_fingerprint("text", "text.encoder", encoder.fingerprint)
-    trained = source.load(raw=request.raw)
-    model = trained.model.to(device, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
-    settings = SamplingSettings.of(config.sampling, model.config)
+    pipeline, weights = open_pipeline(source, config, raw=request.raw)
+    settings = pipeline.settings(config.sampling)
     if not settings.adaptive and settings.steps < settings.tmax - 1:
         log.warning("sampling.steps is %d, but the schedule is %d long (sampling.tmax): it is cut off while labels are "
                     "still noise; sampling.tmax=%d runs through it", settings.steps, settings.tmax, settings.steps)
@@ -184,40 +179,40 @@ def sample(source: Source, config: Config, request: Request) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"output: cannot make {folder}: {error.strerror}") from error
 
-    texts = _texts(request, model.config.task_tags)
-    conditions = _conditions(request, canvas, texts, encoder, tokenizer, model.config)
+    prompts = [prompt for prompt in request.prompts for _ in range(request.count)]
     film = Film(0, settings.most_steps)
-    with _bar("sampling", settings.most_steps * len(conditions)) as advance:
-        def observe(maps: StepMaps) -> None:
-            film(maps)
+    with _bar("sampling", settings.most_steps * len(prompts) * request.segments) as advance:
+        def observe(segment: int, maps: StepMaps) -> None:
+            if segment == 0:
+                film(maps)
             advance(sum(settings.most_steps - maps.step if n in maps.ended else 1 for n in maps.samples))
-        result = generate(model, conditions, settings, seed=config.seed, observe=observe)
+        result = pipeline.sample(prompts, settings, frames=request.frames, height=canvas.height, width=canvas.width,
+                                 negative=request.negative, first_frame=canvas.first_frame,
+                                 ratio_key=canvas.ratio_key, segments=request.segments, seed=config.seed,
+                                 observe=observe)
 
     fps = source.fps or config.tokenize.fps
     files = []
-    with _bar("writing", len(conditions)) as advance:
-        for n, frames in enumerate(decode_clips(tokenizer, result.labels, model.config)):
+    with _bar("writing", len(prompts)) as advance:
+        for n, frames in enumerate(result.frames):
             files.append(_write_clip(folder, n, frames, fps))
             advance(1)
-    write_bytes(folder / FILM_STRIP, png_bytes(film.strip(tokenizer, model.config, texts[0][1] or "(empty prompt)")))
+    texts = [pipeline.text(prompt, request.task) for prompt in prompts]
+    strip = film.strip(pipeline.tokenizer, pipeline.model.config, texts[0] or "(empty prompt)")
+    write_bytes(folder / FILM_STRIP, png_bytes(strip))
     summary = {
-        "checkpoint": str(source.checkpoint), "step": source.state.get("step"), "weights": trained.weights,
-        "precision": config.train.precision, "device": str(device), "seed": config.seed,
-        "settings": dataclasses.asdict(settings), "tokenizer_fingerprint": tokenizer.fingerprint,
-        "text_fingerprint": encoder.fingerprint, "model": to_dict(model.config), "task": request.task,
+        "checkpoint": str(source.checkpoint), "step": source.state.get("step"), "weights": weights,
+        "precision": config.train.precision, "device": str(pipeline.device), "seed": config.seed,
+        "settings": dataclasses.asdict(settings), "tokenizer_fingerprint": pipeline.tokenizer.fingerprint,
+        "text_fingerprint": pipeline.encoder.fingerprint, "model": to_dict(pipeline.model.config), "task": request.task,
         "negative": request.negative, "first_frame": request.first_frame, "frames": request.frames,
+        "segments": request.segments,
         "height": canvas.height, "width": canvas.width, "ratio_key": canvas.ratio_key, "fps": fps,
         "film_strip": FILM_STRIP,
-        "samples": [{"file": file, "draw": n, "prompt": prompt, "text": text}
-                    for n, (file, (prompt, text)) in enumerate(zip(files, texts))]}
+        "samples": [{"file": file, "draw": n, "prompt": prompt, "text": text, "steps": steps}
+                    for n, (file, prompt, text, steps) in enumerate(zip(files, prompts, texts, result.steps))]}
     write_json(folder / SUMMARY, summary)
     return summary
-
-
-def _texts(request: Request, task_tags: bool) -> list[tuple[str, str]]:
-    """(prompt, text that is encoded) of each sample."""
-    return [(prompt, tagged_caption(clean_caption(prompt), request.task, task_tags))
-            for prompt in request.prompts for _ in range(request.count)]
 
 
 def _canvas(request: Request, config: Config) -> Canvas:
@@ -234,16 +229,6 @@ def _canvas(request: Request, config: Config) -> Canvas:
         raise UserError(f"--first-frame: {error}") from error
     height, width = clip.frames.shape[1:3]
     return Canvas(height, width, clip.ratio_key, clip.frames[0])
-
-
-def _conditions(request: Request, canvas: Canvas, texts: Sequence[tuple[str, str]], encoder: TextEncoder,
-                tokenizer: VideoTokenizer, config: ModelConfig) -> list[Condition]:
-    # A negative text has the tag too: in training the network never saw a text without it, but the empty one.
-    negative = tagged_caption(clean_caption(request.negative), request.task, config.task_tags)
-    negative_states, *states = encoder.encode([negative, *(text for _, text in texts)])
-    first = None if canvas.first_frame is None else encode_first_frame(tokenizer, canvas.first_frame, config)
-    thw = (latent_frames(request.frames), canvas.height // CELL_PIXELS, canvas.width // CELL_PIXELS)
-    return [Condition(state, negative_states, thw, canvas.ratio_key, first) for state in states]
 
 
 def _write_clip(folder: Path, number: int, frames: np.ndarray, fps: float) -> str:

@@ -46,6 +46,8 @@ class Generated:
     """uint8 [B, D, t, h, w], a given first frame in front; a list of [D, t, h, w] where the shapes differ."""
     steps: list[int]
     """Steps that each sample took."""
+    entropies: list[float]
+    """With adaptive sampling the relative entropy that each sample's number of steps followed from; else empty."""
     trace: dict[str, torch.Tensor | list[torch.Tensor]]
     """With record=True the values of every step (see `Trace.result`), else empty."""
 
@@ -94,13 +96,15 @@ def generate(model: GRN, conditions: Sequence[Condition], settings: SamplingSett
     trace = Trace() if record else None
     labels: list[torch.Tensor] = []
     steps: list[int] = []
+    entropies: list[float] = []
     with torch.inference_mode():
         for members in split(conditions, max_tokens, guided=both or settings.guidance != 1.0):
             run = Refinement(model, settings, seed, first_draw, given, trace, both)
             labels += run(conditions, members, observe)
             steps += run.steps
+            entropies += run.entropies
     # Copies made outside the inference mode are ordinary tensors.
-    return Generated(batched(labels, 0) if labels else [], steps, trace.result() if trace else {})
+    return Generated(batched(labels, 0) if labels else [], steps, entropies, trace.result() if trace else {})
 
 
 def split(conditions: Sequence[Condition], max_tokens: int, guided: bool) -> Iterator[range]:
@@ -145,7 +149,8 @@ class Refinement:
         self.channels, self.classes = model.config.label_channels, model.config.classes
         self.tolerance = END_TOLERANCE[model.config.layout]
         self.steps: list[int] = []
-        """Of the members, once the run is over."""
+        self.entropies: list[float] = []
+        """Both of the members, once the run is over."""
 
     def __call__(self, conditions: Sequence[Condition], members: Sequence[int],
                  observe: Callable[[StepMaps], None] | None) -> list[torch.Tensor]:
@@ -242,6 +247,7 @@ class Refinement:
         """Adaptive sampling: fix the number of steps of the group's samples (all are at the same step)."""
         entropy = self._entropies(group, prediction)
         group.after = [steps_after(e, self.settings.adaptive, self.settings.tmax) for e in entropy]
+        self.entropies = entropy
         if self.trace:
             for n, e, after in zip(group.members, entropy, group.after):
                 self.trace.add("decision_entropy", n, e)

@@ -7,10 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from grn_scale.checkpoint.checkpoint import read_state
 from grn_scale.checkpoint.weights import find_checkpoint
+from grn_scale.config.schema import Config
 from grn_scale.errors import UserError
 from grn_scale.model import GRN, load_model
+from grn_scale.sampling.pipeline import GRNPipeline
+from grn_scale.tokenizer import load_tokenizer
+from grn_scale.tokenizer.text import load_text_encoder
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +72,16 @@ def open_source(path: str | Path) -> Source:
     return Source(checkpoint, read_state(checkpoint))
 
 
-def open_model(path: str | Path, *, raw: bool) -> TrainedModel:
-    """The model of a step folder or a run folder (see `open_source` and `Source.load`)."""
-    return open_source(path).load(raw=raw)
+def open_pipeline(source: Source, config: Config, *, raw: bool) -> tuple[GRNPipeline, str]:
+    """(the model of the source in train.precision with its tokenizer and text encoder, "ema" or "raw").
+
+    On the GPU where there is one. UserError where something cannot be read, or is not what the model was trained with.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(config.tokenizer.path).to(device)
+    source.check_fingerprint("tokenizer", "tokenizer.path", tokenizer.fingerprint)
+    encoder = load_text_encoder(config.text.encoder, config.text.max_tokens, device)
+    source.check_fingerprint("text", "text.encoder", encoder.fingerprint)
+    trained = source.load(raw=raw)
+    model = trained.model.to(device, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
+    return GRNPipeline(model, tokenizer, encoder), trained.weights

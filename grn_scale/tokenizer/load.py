@@ -1,4 +1,4 @@
-"""A video tokenizer from a safetensors file with official key names; every width is read from the tensors."""
+"""A video tokenizer from safetensors with official key names; every width is read from the tensors."""
 
 from __future__ import annotations
 
@@ -21,14 +21,11 @@ SHIPPED = {"small": Path(__file__).with_name("small.safetensors")}
 def load_tokenizer(path: str | Path) -> VideoTokenizer:
     """Tokenizer in fp32 on the CPU, ready to encode and decode, with `.fingerprint` set.
 
-    path: a safetensors file, or "small" for the one that ships. UserError where the file is missing, damaged, or
-    holds other tensors than a tokenizer does (each named).
+    path: a safetensors file, a Hugging Face style folder (of a pipeline its vae/), or "small" for the one that ships.
+    UserError where it is missing, damaged, or holds other tensors than a tokenizer does (each named).
     """
     file = SHIPPED.get(str(path), Path(path))
-    try:
-        weights = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"tokenizer.path: cannot read {file} as safetensors: {error}") from error
+    weights = _folder_weights(file) if file.is_dir() else _file_weights(file)
     tokenizer = VideoTokenizer(infer_shape(weights, str(file)))
     wanted = tokenizer.state_dict()
     problems = [f"missing {name}" for name in wanted.keys() - weights.keys()]
@@ -40,6 +37,25 @@ def load_tokenizer(path: str | Path) -> VideoTokenizer:
     tokenizer.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
     tokenizer.fingerprint = fingerprint(weights)
     return use_channels_last(tokenizer).eval().requires_grad_(False)
+
+
+def _file_weights(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"tokenizer.path: cannot read {file} as safetensors: {error}") from error
+
+
+def _folder_weights(folder: Path) -> dict[str, torch.Tensor]:
+    from grn_scale.checkpoint.stored import PIPELINE, weights_folder
+
+    if (folder / PIPELINE).is_file():
+        folder = folder / "vae"
+    weights = weights_folder(folder)
+    if weights is None:
+        raise UserError(f"tokenizer.path: {folder} holds no safetensors weights of a video tokenizer; give a "
+                        "safetensors file or a Hugging Face style folder")
+    return dict(weights)
 
 
 def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
@@ -57,7 +73,9 @@ def infer_shape(weights: Mapping[str, torch.Tensor], name: str) -> VideoTokenize
     def width(key: str) -> int:
         if key not in weights:
             raise UserError(f"{name} does not hold a video tokenizer: missing {key}")
-        return weights[key].shape[0]
+        if not weights[key].numel():
+            raise UserError(f"{name} does not hold a video tokenizer: {key} is {list(weights[key].shape)}")
+        return weights[key].shape[0] if weights[key].ndim else 1
 
     def count(pattern: str) -> int:
         found = 0

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grn_scale.batch import Sample
+from grn_scale.batch import Draw, Sample
 from grn_scale.config.schema import Config
 from grn_scale.data.ledger import record_step
 from grn_scale.data.loader import PackLoader, StepData
@@ -17,7 +17,6 @@ from grn_scale.data.plan import DataState
 from grn_scale.errors import DoNotRequeue
 from grn_scale.model.loss import noise_bin_means
 from grn_scale.model.pack import PackedBatch
-from grn_scale.perf.flops import model_flops
 from grn_scale.train.bad_samples import BadSamples
 from grn_scale.train.metrics import MetricsLog
 from grn_scale.train.progress import TrainingProgress
@@ -55,6 +54,8 @@ class Run:
     progress: TrainingProgress
     save: Callable[[Position], None]
     """Write a checkpoint."""
+    flops: Callable[[Sequence[Draw]], int]
+    """FLOPs of training on these draws."""
     peak_flops: float | None
     """Of all devices together; None where it is not known."""
 
@@ -112,8 +113,7 @@ def metrics_row(run: Run, data: StepData, result: StepResult, rate: float, data_
     """One row of metrics.jsonl: what a step learned, how much it read, and where its time went."""
     draws = [draw for pack in data.packs for draw in pack.draws]
     tokens = sum(draw.tokens for draw in draws)
-    lengths = ((d.visual_tokens, d.predicted_tokens, d.text_tokens, d.tokens) for d in draws)
-    flops = model_flops(run.config.model, lengths)
+    flops = run.flops(draws)
     row = {
         "loss": result.sums.loss, "gradient_norm": result.gradient_norm, "learning_rate": rate,
         "applied": int(result.applied), "samples": len(draws), "tokens": tokens,

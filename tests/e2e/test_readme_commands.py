@@ -27,7 +27,7 @@ def launch(line: str, folder: Path) -> str:
     programs = {"grn-scale": ["-m", "grn_scale"], "python": [],
                 "torchrun": ["-m", "torch.distributed.run", "--standalone"]}
     command = [sys.executable, *programs[words[0]], *words[1:]]
-    if "train" in words or "plan" in words:
+    if {"train", "plan", "evaluate"} & set(words):
         command += SMALL
     if "sample" in words:
         command += ["sampling.steps=2", "sampling.tmax=2"]

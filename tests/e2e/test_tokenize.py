@@ -1,4 +1,4 @@
-"""tokenize and verify on real files, through their command lines."""
+"""tokenize on real files, through its command line."""
 
 from __future__ import annotations
 
@@ -14,79 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from grn_scale.data_pipeline import tokenize_clips, verify
 
 from grn_scale.data.manifest import ManifestError
 from grn_scale.data.shards import Dataset
+from grn_scale.data_pipeline import tokenize_clips, verify
 from grn_scale.errors import ConfigError, DoNotRequeue, UserError
-from tests.helpers.clips import caption, write_clip, write_manifest, write_text_encoder, write_tokenizer
-
-CLIPS = 8
-
-
-class Workplace:
-    """Clips, manifest, tokenizer and text encoder in one folder, and the command over them."""
-
-    def __init__(self, root: Path):
-        self.root = root
-        self.lines = [{"path": f"clips/{i}.mp4", "caption": caption(i)} for i in range(CLIPS)]
-        for i in range(CLIPS):
-            # Two shapes, so that batches of one bucket are interleaved in the manifest.
-            write_clip(root / f"clips/{i}.mp4", i, frames=9, width=64 if i % 3 == 2 else 32)
-        self.tokenizer = write_tokenizer(root / "tokenizer.safetensors")
-        self.encoder = write_text_encoder(root / "encoder", CLIPS)
-
-    def arguments(self, output: str, lines: list[dict] | None = None, **changes) -> list[str]:
-        manifest = write_manifest(self.root / "clips.jsonl", self.lines if lines is None else lines)
-        settings = {
-            "data.manifest": manifest, "output": self.root / output, "tokenizer.path": self.tokenizer,
-            "text.encoder": self.encoder, "text.max_tokens": 32, "model.latent_channels": 4,
-            "model.text_hidden_size": 64, "tokenize.fps": 16, "tokenize.max_frames": 9, "tokenize.latent_side": 2,
-            "tokenize.shard_samples": 3, "tokenize.batch_clips": 2, "tokenize.max_bad_fraction": 0, **changes}
-        return [f"{key}={value}" for key, value in settings.items()]
-
-    def run(self, output: str, lines: list[dict] | None = None, **changes) -> Path:
-        assert tokenize_clips.main(self.arguments(output, lines, **changes)) == 0
-        return self.root / output
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    return Workplace(tmp_path_factory.mktemp("work"))
-
-
-@pytest.fixture(scope="module")
-def made(prepared):
-    """A finished dataset; not to be changed."""
-    return prepared.run("made")
-
-
-@pytest.fixture
-def copied(made, tmp_path):
-    return Path(shutil.copytree(made, tmp_path / "tokens"))
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    """All that belongs to the dataset: not the status, the lock and the configuration (which names the folder)."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.name not in ("status.json", "lock", "config.yaml")}
-
-
-def stamps(folder: Path, pattern: str) -> dict[str, int]:
-    return {path.name: path.stat().st_mtime_ns for path in folder.glob(pattern)}
-
-
-def flip_byte(path: Path, offset: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[offset] ^= 1
-    path.write_bytes(data)
-
-
-def captions_of(folder: Path) -> dict[str, list[str]]:
-    """Key -> keys of its T2V texts."""
-    dataset = Dataset.open(folder)
-    return {row.key: [c.texts["T2V"].key for c in row.captions]
-            for shard in range(len(dataset.shard_sizes)) for row in dataset.rows(shard)}
+from tests.helpers.clips import caption, write_clip, write_tokenizer
+from tests.helpers.workplace import CLIPS, captions_of, content, stamps
 
 
 def test_every_clip_gives_the_bits_of_its_frames_and_the_states_of_its_captions(prepared, made):
@@ -349,64 +283,3 @@ def test_a_full_disk_stops_with_one_message_and_the_next_run_goes_on(prepared, m
     assert not (output / "video-000001.tar").exists() and not list(output.glob("*.partial"))
     prepared.run("full")
     assert content(output) == content(made)
-
-
-def test_verify_passes_a_sound_dataset_and_decodes_samples(prepared, made, capsys):
-    assert verify.main([str(made)]) == 0
-    assert "sound: 8 samples in 3 video and 3 text shards" in capsys.readouterr().out
-    manifest = write_manifest(prepared.root / "clips.jsonl", prepared.lines)
-    settings = prepared.arguments("made")
-    assert verify.main([str(made), *settings, "--decode", "3", "--manifest", str(manifest), "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert report["sound"] and len(report["decoded"]) == 3
-    for sample in report["decoded"]:
-        assert 0 < sample["psnr_db"] < 60 and len(sample["bit_entropy_by_round"]) == 4
-        assert all(0 <= entropy <= 1 for entropy in sample["bit_entropy_by_round"])
-
-
-def test_verify_names_a_corrupt_byte(copied, capsys):
-    row = Dataset.open(copied).locate(4)
-    flip_byte(copied / "video-000001.tar", row.offset + 1)
-    assert verify.main([str(copied), "--json"]) == 1
-    damage = json.loads(capsys.readouterr().out)["damage"]
-    assert {"where": f"video-000001.tar: sample {row.key}", "what": "its bytes do not match their checksum"} in damage
-    assert {d["where"].split(":")[0] for d in damage} == {"video-000001.tar"}
-
-
-@pytest.mark.parametrize("damage, culprit", [
-    (lambda f: (f / "text-000001.tar").unlink(), "text-000001.tar: cannot be read"),
-    (lambda f: os.truncate(f / "video-000000.tar", 2000), "video-000000.tar: has 2000 bytes"),
-    (lambda f: shutil.copy(f / "video-000000.tar", f / "video-000001.tar"), "video-000001.tar.*not in the index"),
-    (lambda f: (f / "index/video-000002.parquet").unlink(), "video-000002.parquet"),
-    (lambda f: flip_byte(f / "index/text-000000.parquet", 60), "text-000000.parquet"),
-    (lambda f: shutil.copy(f / "index/video-000001.parquet", f / "index/video-000000.parquet"), "another snapshot"),
-    (lambda f: flip_byte(f / "video-000000.tar", 1), "video-000000.tar: its sha256"),
-])
-def test_verify_names_every_kind_of_damage(copied, capsys, damage, culprit):
-    import re
-
-    damage(copied)
-    assert verify.main([str(copied)]) == 1
-    assert re.search(f"damaged: .*{culprit}", capsys.readouterr().out)
-
-
-def test_tokenize_mends_what_verify_named_once_the_shard_is_removed(prepared, made, copied):
-    (copied / "video-000001.tar").unlink()
-    flip_byte(copied / "index/text-000002.parquet", 60)
-    flip_byte(copied / "index/video-000000.parquet", 60)
-    (copied / "text-000000.tar").unlink()
-    prepared.run(str(copied))
-    assert content(copied) == content(made)
-
-
-def test_verify_with_another_tokenizer_or_manifest_is_refused(prepared, made, tmp_path):
-    other = write_tokenizer(tmp_path / "other.safetensors", seed=1)
-    with pytest.raises(UserError, match="mean nothing to another"):
-        verify.main([str(made), f"tokenizer.path={other}", "--decode", "1"])
-    manifest = write_manifest(prepared.root / "short.jsonl", prepared.lines[7:])
-    with pytest.raises(UserError, match="no line of .*short.jsonl is sample"):
-        verify.main([str(made), *prepared.arguments("made"), "--decode", "1", "--manifest", str(manifest)])
-    with pytest.raises(ConfigError, match="add --decode"):
-        verify.main([str(made), "--manifest", str(manifest)])
-    with pytest.raises(ConfigError, match="no dataset"):
-        verify.main([])

@@ -32,6 +32,12 @@ def undisturbed(dataset: Path, tmp_path_factory) -> Path:
     return output
 
 
+def write_model(path: Path) -> Path:
+    """What shapes do not tell of the tests' model."""
+    path.write_text("label_form: bit\nlatent_channels: 4\nrounds: 4\n")
+    return path
+
+
 def same_state(a: Path, b: Path) -> bool:
     return all(torch.equal(value, load_weights(b, ema=ema)[name])
                for ema in (False, True) for name, value in load_weights(a, ema=ema).items())
@@ -88,6 +94,19 @@ def test_a_ledger_proves_that_an_epoch_took_each_sample_once_over_a_resume(datas
         lines = file.readlines()
     (tmp_path / "run/ledger.jsonl").write_text("".join(lines[1:]))
     assert not json.loads(grn_scale(*verify, expect=1).stdout)["epochs"][0]["exact"]
+
+
+def test_training_starts_from_converted_weights(dataset, undisturbed, tmp_path) -> None:
+    official, native = tmp_path / "model.pth", tmp_path / "native"
+    convert = ("convert", "--input", str(undisturbed), "--from", "native", "--to", "official", "--weights", "raw")
+    grn_scale(*convert, "--output", str(official))
+    grn_scale("convert", "--input", str(official), "--from", "official", "--layout", "v2", "--to", "native",
+              "--output", str(native), "--model", str(write_model(tmp_path / "model.yaml")))
+    assert all(torch.equal(load_weights(native)[name], value) for name, value in load_weights(undisturbed).items())
+    done = grn_scale(*train_arguments(dataset, tmp_path / "run", "train.steps=1", "--resume", str(native)))
+    assert "starting from the weights" in done.stderr
+    rows, before = (read_metrics(folder / "metrics.jsonl") for folder in (tmp_path / "run", undisturbed))
+    assert rows[0]["validation_loss"] == pytest.approx(before[8]["validation_loss"], abs=1e-4)
 
 
 def test_a_corrupt_sample_is_recorded_once_and_more_than_the_limit_end_the_run_for_good(dataset, tmp_path) -> None:

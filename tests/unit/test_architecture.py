@@ -22,14 +22,18 @@ ARROWS = {
     "tokenizer": set(),
     "checkpoint": set(),
     "data": {"tokenizer"},
-    "parallel": {"model", "checkpoint"},
-    "sampling": {"model", "tokenizer", "checkpoint"},
+    "parallel": {"model", "class_to_image", "checkpoint"},
+    "sampling": {"data", "model", "tokenizer", "checkpoint"},
+    "class_to_image": {"model", "sampling", "checkpoint"},
     "train": {"data", "checkpoint", "parallel", "model", "perf"},
+    "convert": {"model", "tokenizer", "checkpoint", "class_to_image"},
+    "evaluation": {"data", "model", "sampling", "command_line"},
     "demo": {"data", "tokenizer", "sampling", "train", "model", "checkpoint", "command_line"},
 }
 """Folder of grn_scale -> what it may import beside itself and the foundation. Programs may import anything."""
 LAZY_ARROWS = {
     "model": {"checkpoint"},
+    "tokenizer": {"checkpoint"},
     "perf": {"data", "demo", "model", "parallel", "tokenizer"},
 }
 """What a folder may import inside a function only."""

@@ -16,7 +16,7 @@ def detections(make, asked):
 def test_prompts_are_the_128_held_out_combinations_in_a_fixed_order():
     chosen = prompts()
     assert len(chosen) == len(set(chosen)) == 128 and set(chosen) == shapes.held_out()
-    assert not set(chosen) & set(shapes.training())
+    assert not set(chosen) & set(shapes.training()) and len(set(prompts(10**6))) == len(shapes.combinations())
     assert prompts(5) == chosen[:5]
 
 

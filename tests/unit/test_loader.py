@@ -10,7 +10,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from grn_scale.data_pipeline import index as index_command
 
 from grn_scale.batch import Pack
 from grn_scale.data import loader as loader_module
@@ -21,6 +20,7 @@ from grn_scale.data.packing import Cost
 from grn_scale.data.plan import Plan, held_out
 from grn_scale.data.schema import Caption, DatasetInfo, IndexRow, TextRef
 from grn_scale.data.shards import Dataset, write_dataset_info, write_shard
+from grn_scale.data_pipeline import index as index_command
 from grn_scale.errors import ConfigError, UserError
 
 CHANNELS, ROUNDS, HIDDEN = 4, 2, 6

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from grn_scale.data_pipeline import manifest as command
 
 from grn_scale.command_line import run
 from grn_scale.data.manifest import Clip, ManifestError, load_manifest, read_manifest
+from grn_scale.data_pipeline import manifest as command
 from grn_scale.errors import UserError
 
 

@@ -28,7 +28,7 @@ from grn_scale.config.schema import (
 from grn_scale.demo.text_encoder import HIDDEN_SIZE, build_text_encoder
 from grn_scale.model import build_model
 from grn_scale.sampling import Condition, SamplingSettings, generate
-from grn_scale.sampling.source import open_model
+from grn_scale.sampling.source import open_source
 from grn_scale.sampling.video import decode_clips
 from grn_scale.tokenizer import load_tokenizer
 from grn_scale.tokenizer.text import load_text_encoder
@@ -91,12 +91,26 @@ def test_samples_are_those_of_generate(parts, tmp_path, capsys):
     out = tmp_path / "samples"
     assert main(["sample", "--run", parts["run"] + "/step-00000001", "--raw", "--prompt", "a blue square",
                  "--frames", "1", f"output={out}", "seed=5"]) == 0
-    model = open_model(parts["run"] + "/step-00000001", raw=True).model
+    model = open_source(parts["run"] + "/step-00000001").load(raw=True).model
     text, empty = load_text_encoder(parts["text"], 16).encode(["<T2I>a blue square", ""])
     result = generate(model, [Condition(text, empty, (1, 2, 2), 1.0)], SamplingSettings(3, 3, 2.0), seed=5)
     frames = next(decode_clips(load_tokenizer(parts["tokenizer.safetensors"]), result.labels, MODEL))
     assert np.array_equal(np.asarray(Image.open(out / "0000.png")), frames[0])
     assert f"{out}/0000.png" in capsys.readouterr().out
+
+
+def test_further_segments_continue_from_the_last_frame(parts, tmp_path, capsys):
+    arguments = ["sample", "--run", parts["run"], "--prompt", "a red circle", "--frames", "5"]
+    assert main([*arguments, "--segments", "3", f"output={tmp_path / 'long'}"]) == 0
+    assert main([*arguments, f"output={tmp_path / 'short'}"]) == 0
+    long, short = (frames_of(tmp_path / name / "0000.mp4") for name in ("long", "short"))
+    assert len(long) == 5 + 4 + 4 and len(short) == 5
+    assert np.abs(long[:5].astype(int) - short.astype(int)).mean() < 2  # H.264 of another length rounds differently
+    summary = json.loads((tmp_path / "long/samples.json").read_text())
+    assert summary["segments"] == 3 and summary["samples"][0]["steps"] == 9
+    assert main(["sample", "--run", parts["run"], "--prompt", "a", "--frames", "1", "--segments", "2",
+                 f"output={tmp_path / 'none'}"]) == 2
+    assert "--segments is 2, but must be at least 1, and 1 for pictures" in capsys.readouterr().err
 
 
 def test_a_first_frame_leads_the_clip_and_sets_its_aspect(parts, tmp_path):

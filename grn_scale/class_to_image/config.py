@@ -1,0 +1,86 @@
+"""Shape of a class-to-image GRN, and the configuration of a run that trains one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from grn_scale.config.schema import Config, LabelledShape, NoiseConfig, require, require_choice, require_positive
+
+
+@dataclass(frozen=True)
+class ClassModelConfig(LabelledShape):
+    """Shape of a class-to-image GRN (GRN reference, section 7); travels with the weights. Defaults are GRN-B."""
+
+    hidden_size: int = 768
+    """Width of the transformer."""
+    num_layers: int = 12
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+    """The SwiGLU MLP has int(int(mlp_ratio * hidden_size) * 2/3) inner channels."""
+    bottleneck_size: int = 128
+    """Width between the two layers that embed the labels."""
+    in_context_length: int = 32
+    """Class tokens in front of the image; 0 for none."""
+    in_context_start: int = 4
+    """Block (from 0) before which the class tokens are put there."""
+    num_classes: int = 1000
+    """Class ids are 0 .. num_classes - 1; num_classes itself is the null class of guidance."""
+    grid: int = 16
+    """Height and width of the latent image."""
+    latent_channels: int = 16
+    """Channels of the tokenizer's latent."""
+    rounds: int = 4
+    """HBQ rounds (bits per latent channel)."""
+    label_form: str = "index"
+    """bit: rounds * latent_channels binary labels a token; index: latent_channels labels of 2^rounds classes."""
+
+    def __post_init__(self) -> None:
+        require_choice("model.label_form", self.label_form, ("bit", "index"))
+        require_positive("model", hidden_size=self.hidden_size, num_layers=self.num_layers, num_heads=self.num_heads,
+                         mlp_ratio=self.mlp_ratio, bottleneck_size=self.bottleneck_size, num_classes=self.num_classes,
+                         grid=self.grid, latent_channels=self.latent_channels)
+        require(1 <= self.rounds <= 8, f"model.rounds is {self.rounds}, but must lie between 1 and 8")
+        require(self.hidden_size % self.num_heads == 0,
+                f"model.hidden_size ({self.hidden_size}) must be a multiple of model.num_heads ({self.num_heads})")
+        require(self.head_size % 4 == 0, f"model.hidden_size / model.num_heads is {self.head_size}, but must be a "
+                "multiple of 4: half of it turns by rows, half by columns, in pairs")
+        require(self.hidden_size % 4 == 0, f"model.hidden_size is {self.hidden_size}, but must be a multiple of 4: "
+                "the fixed positions are sines and cosines of rows and columns")
+        require(self.ffn_hidden_size > 0, f"model.mlp_ratio is {self.mlp_ratio}, which leaves the MLP no channel")
+        require(self.in_context_length >= 0,
+                f"model.in_context_length is {self.in_context_length}, but must not be negative")
+        require(0 <= self.in_context_start < self.num_layers,
+                f"model.in_context_start is {self.in_context_start}, but must be a block: 0 .. {self.num_layers - 1}")
+
+    @property
+    def ffn_hidden_size(self) -> int:
+        """Inner width of the SwiGLU MLP."""
+        return int(int(self.mlp_ratio * self.hidden_size) * 2 / 3)
+
+    @property
+    def null_class(self) -> int:
+        """Class id that stands for no class."""
+        return self.num_classes
+
+    @property
+    def tokens(self) -> int:
+        """N: tokens of an image."""
+        return self.grid * self.grid
+
+
+@dataclass(frozen=True)
+class ClassConfig(Config):
+    """A run file whose model is a class-to-image GRN. `data.caption_drop` is the probability that a draw goes without
+    its class; `text` and `data.i2v_share` have no effect, and the model is cut nowhere."""
+
+    model: ClassModelConfig = field(default_factory=ClassModelConfig)
+    noise: NoiseConfig = field(default_factory=lambda: NoiseConfig(mean=-0.8, sigma=0.8))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("tensor", "pipeline", "virtual_pipeline"):
+            value = getattr(self.parallel, name)
+            require(value == 1, f"parallel.{name} is {value}, but a class-to-image model trains in plain data "
+                    f"parallel: parallel.{name}=1")
+        require(self.parallel.recompute == "none", f"parallel.recompute is {self.parallel.recompute}, but a "
+                "class-to-image model keeps its activations: parallel.recompute=none")

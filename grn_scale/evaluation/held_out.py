@@ -1,0 +1,86 @@
+"""Held-out samples of a dataset: loss and bit accuracy by noise, and whether training and sampling agree on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from grn_scale.batch import Sample
+from grn_scale.config.schema import Config, ModelConfig
+from grn_scale.data.loader import read_pack
+from grn_scale.data.plan import Plan, sample_weights
+from grn_scale.data.shards import Dataset
+from grn_scale.model import GRN
+from grn_scale.model.loss import NOISE_BINS, label_loss, noise_bin_means, noise_bin_sums
+from grn_scale.model.pack import PackedBatch, assemble
+from grn_scale.sampling.condition import Condition
+from grn_scale.sampling.guidance import GuidedNetwork
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOutPack:
+    samples: list[Sample]
+    batch: PackedBatch
+    """The same, corrupted and packed as validation in training does it."""
+
+
+def held_out_packs(config: Config, model: GRN, packs: int) -> list[HeldOutPack]:
+    """The first packs of the validation split of data.dataset, on the model's device.
+
+    Their noise is keyed by fixed draws, as in validation. ConfigError where nothing is held out.
+    """
+    dataset = Dataset.open(config.data.dataset)
+    plan = Plan.of(dataset, config.data, config.seed, split="validation")
+    chosen, _ = plan.next_step(plan.start(), min(packs, plan.packs_in_epoch(0)))
+    weights = sample_weights(chosen, config.loss.gamma)
+    found = []
+    for pack in chosen:
+        samples = read_pack(dataset, pack)
+        found.append(HeldOutPack(samples, assemble(
+            samples, weights, config=model.config, noise=config.noise, seed=config.seed,
+            length=config.data.token_budget, device=model.word_embed.weight.device)))
+    return found
+
+
+@torch.inference_mode()
+def by_noise(model: GRN, packs: list[HeldOutPack]) -> dict[str, Any]:
+    """Loss (nats a label), bit accuracy, and both by signal ratio in NOISE_BINS equal bins (None: no sample there)."""
+    loss, bins = 0.0, torch.zeros(NOISE_BINS, 3, dtype=torch.float64)
+    for batch in (pack.batch for pack in packs):
+        result = label_loss(model(batch.input), batch.targets_PD, batch.sample_P, batch.label_weight_N)
+        loss += result.weighted.item()
+        bins += noise_bin_sums(result, batch.ratio_N, batch.labels_N).cpu()
+    return {"packs": len(packs), "samples": sum(len(pack.samples) for pack in packs), "loss": loss,
+            "bit_accuracy": (bins[:, 1].sum() / bins[:, 2].sum().clamp(min=1)).item(), **noise_bin_means(bins)}
+
+
+@torch.inference_mode()
+def agreement(model: GRN, packs: list[HeldOutPack]) -> dict[str, Any]:
+    """How far the scores of the same tokens lie apart when they come as a training pack and one by one to the sampler.
+
+    Largest difference over all samples, and the scores' standard deviation for comparison.
+    """
+    largest, spread, samples = 0.0, 0.0, 0
+    for pack in packs:
+        x, batch = pack.batch.input, pack.batch
+        packed = model(x)
+        visual = x.labels_VD.split([sample.draw.visual_tokens for sample in pack.samples])
+        spread = max(spread, packed.std().item())
+        for n, (sample, labels) in enumerate(zip(pack.samples, visual)):
+            network = GuidedNetwork(model, [_condition(sample, labels, model.config)])
+            mixed = labels[len(labels) - sample.draw.predicted_tokens:]
+            alone = network(mixed, [x.level_N[n].item()], [1.0]).scores
+            largest = max(largest, (alone - packed[batch.sample_P == n]).abs().max().item())
+            samples += 1
+    return {"samples": samples, "largest_score_difference": largest, "score_standard_deviation": spread}
+
+
+def _condition(sample: Sample, labels_VD: torch.Tensor, config: ModelConfig) -> Condition:
+    draw = sample.draw
+    frame = draw.visual_tokens - draw.predicted_tokens
+    first = None
+    if frame:
+        first = labels_VD[:frame].t().reshape(config.label_channels, 1, *draw.thw[1:])
+    return Condition(sample.text_states, None, draw.thw, draw.ratio_key, first)

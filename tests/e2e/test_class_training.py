@@ -1,0 +1,68 @@
+"""`grn-scale train` with a class-conditional configuration: from labelled clips to images sampled by class."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from grn_scale.checkpoint import load_weights
+from grn_scale.class_to_image import ClassSamplingSettings, generate, load_model
+from grn_scale.train.metrics import read_metrics
+from tests.helpers.clips import write_clip, write_manifest, write_text_encoder, write_tokenizer
+from tests.helpers.jobs import grn_scale
+
+MODEL = ["model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "model.bottleneck_size=8",
+         "model.in_context_length=2", "model.in_context_start=1", "model.num_classes=3", "model.grid=2",
+         "model.latent_channels=4"]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    write_manifest(folder / "clips.jsonl", [{"path": str(write_clip(folder / f"clips/{i}.mp4", i)), "class_id": i % 3}
+                                            for i in range(24)])
+    write_tokenizer(folder / "tokenizer.safetensors")
+    write_text_encoder(folder / "text", 24)
+    grn_scale("tokenize", "model.latent_channels=4", "model.text_hidden_size=64", f"data.manifest={folder}/clips.jsonl",
+              f"output={folder}/tokens", f"tokenizer.path={folder}/tokenizer.safetensors",
+              f"text.encoder={folder}/text", "tokenize.latent_side=2", "tokenize.max_frames=1",
+              "tokenize.shard_samples=8")
+    return folder
+
+
+def arguments(dataset: Path, output: Path, *more: str) -> list[str]:
+    return ["train", *MODEL, f"data.dataset={dataset}/tokens", f"tokenizer.path={dataset}/tokenizer.safetensors",
+            f"output={output}", "data.token_budget=128", "data.packs_per_step=1", "data.validation_fraction=0.2",
+            "data.validation_packs=2", "train.steps=8", "train.checkpoint_every=4", "train.validate_every=4",
+            "train.precision=fp32", "schedule.warmup_steps=2", "optimizer.lr=2e-3", "optimizer.clip_norm=1.0", *more]
+
+
+def test_a_class_model_trains_resumes_exactly_and_samples(dataset, tmp_path):
+    grn_scale(*arguments(dataset, tmp_path / "a"))
+    grn_scale(*arguments(dataset, tmp_path / "b", "train.steps=4"))
+    grn_scale(*arguments(dataset, tmp_path / "b", "--resume", "auto"))
+    for ema in (False, True):
+        weights = load_weights(tmp_path / "a", ema=ema)
+        assert all(torch.equal(value, load_weights(tmp_path / "b", ema=ema)[name]) for name, value in weights.items())
+    rows = read_metrics(tmp_path / "a" / "metrics.jsonl")
+    assert rows[0]["validation_loss"] == pytest.approx(torch.tensor(16.0).log().item(), abs=1e-4)
+    assert rows[8]["loss"] < rows[1]["loss"] and rows[1]["model_tflops_per_second"] > 0
+    images = generate(load_model(tmp_path / "a", ema=True), [0, 1, 2], ClassSamplingSettings(steps=4))
+    assert images.labels.shape == (3, 4, 2, 2)
+
+
+def test_two_processes_train_like_one(dataset, tmp_path):
+    for name, processes in (("one", 1), ("two", 2)):
+        grn_scale(*arguments(dataset, tmp_path / name, "data.token_budget=128", "data.packs_per_step=2",
+                             "data.window_shards=1", "train.steps=4"), processes=processes)
+    losses = [[row["loss"] for row in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in row]
+              for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+@pytest.mark.parametrize("change,code,message", [
+    ("model.num_classes=2", 1, "model.num_classes is 2"), ("parallel.tensor=2", 2, "plain data parallel")])
+def test_what_cannot_be_trained_is_refused(dataset, tmp_path, change, code, message):
+    assert message in grn_scale(*arguments(dataset, tmp_path / "run", change), expect=code).stderr
