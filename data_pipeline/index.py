@@ -12,6 +12,7 @@ from typing import Any
 
 from grn_scale.command_line import CommandParser, choose, run
 from grn_scale.config.check import check_layout
+from grn_scale.config.class_schema import SCHEMAS
 from grn_scale.config.schema import Config
 from grn_scale.data.loader import check_step_size
 from grn_scale.data.packing import Cost, assign
@@ -89,7 +90,8 @@ def show_plan(argv: list[str]) -> int:
     parser = CommandParser(
         "index plan", "Show which samples each rank reads at each step, without reading data: sample:tokens by rank "
         "and pack, in the order they are run.",
-        "grn-scale index plan --dataset tokens/ --world-size 8 --steps 0:3 data.packs_per_step=16", json=True)
+        "grn-scale index plan --dataset tokens/ --world-size 8 --steps 0:3 data.packs_per_step=16", json=True,
+        schema=SCHEMAS)
     parser.add_argument("--dataset", metavar="DIR", help="folder of token shards (default: data.dataset)")
     parser.add_argument("--world-size", type=int, default=1, metavar="N", help="processes of the run (default: 1)")
     parser.add_argument("--steps", default="0:1", metavar="A:B", help="steps A to B - 1, counted from 0 (default: 0:1)")

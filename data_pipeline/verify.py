@@ -24,6 +24,7 @@ import numpy as np
 import xxhash
 
 from grn_scale.command_line import CommandParser, run, start_logging
+from grn_scale.config.class_schema import SCHEMAS
 from grn_scale.config.schema import Config
 from grn_scale.data.index_parts import TEXT_SCHEMA, part_path, read_table, snapshot_of
 from grn_scale.data.schema import DatasetInfo, IndexRow, ShardInfo, TextRef
@@ -231,18 +232,22 @@ def check_ledger(dataset: Dataset, path: Path) -> list[dict[str, Any]]:
     The newest epoch may be unfinished: what it lacks is not missing yet. The run's config.yaml beside the ledger says
     which samples were held out. Raises UserError or ConfigError where either cannot be read.
     """
-    from grn_scale.config.load import load_config
+    from grn_scale.config.load import read_mapping
     from grn_scale.data.ledger import check_epoch, read_steps
     from grn_scale.data.plan import held_out
 
-    fraction = load_config(path.with_name("config.yaml")).data.validation_fraction
+    try:
+        fraction = read_mapping(path.with_name("config.yaml"), "--ledger")["data"]["validation_fraction"]
+    except KeyError as error:
+        raise UserError(f"{path.with_name('config.yaml')} does not say data.validation_fraction") from error
     steps = read_steps(path)
     keys = [row.key for shard in range(len(dataset.shard_sizes)) for row in dataset.rows(shard)
             if not held_out(row.key, fraction)]
     epochs = sorted({pack["epoch"] for packs in steps.values() for pack in packs})
     found = []
     for epoch in epochs:
-        report, finished = check_epoch(steps, epoch, keys), epoch != epochs[-1]
+        report = check_epoch(steps, epoch, keys)
+        finished = epoch != epochs[-1] or not report.missing
         found.append({"epoch": epoch, "steps": report.steps, "samples": report.samples, "finished": finished,
                       "missing": len(report.missing), "repeated": len(report.repeated),
                       "exact": report.exact if finished else not report.repeated})
@@ -260,7 +265,7 @@ def main(argv: list[str]) -> int:
     """Exit code of `grn-scale verify argv...`: 1 where anything is damaged. The result goes to stdout."""
     parser = CommandParser("verify", "Check every payload of the dataset FOLDER (the first argument, or data.dataset) "
                            "against its checksums.", "grn-scale verify tokens/ --decode 8 --manifest clips.jsonl",
-                           json=True)
+                           json=True, schema=SCHEMAS)
     parser.add_argument("--decode", type=int, default=0, metavar="N",
                         help="decode N samples back to frames; reports the entropy of each round's bits")
     parser.add_argument("--manifest", metavar="FILE", help="with --decode: PSNR against the clips of this manifest")

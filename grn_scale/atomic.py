@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO
 
 from grn_scale.errors import UserError
 
@@ -43,16 +43,29 @@ def atomic_file(path: str | Path, *, durable: bool = True) -> Iterator[BinaryIO]
         raise
 
 
-def append_line(stream: TextIO, line: str) -> None:
-    """Add a line to a file that is open for appending, at once. Raises UserError where the disk is full."""
+def append_line(path: str | Path, line: str) -> None:
+    """Add a line to the file `path`, which is made where it is missing. Raises UserError where the disk is full.
+
+    A kill, or a disk that fills up in the middle, may leave a part of the line: `drop_unfinished_line` cuts it off.
+    """
+    data = memoryview(f"{line}\n".encode())
     try:
-        stream.write(line + "\n")
-        stream.flush()
+        with open(path, "ab", buffering=0) as file:
+            while data:
+                data = data[file.write(data):]
     except OSError as error:
         if error.errno in DISK_FULL:
-            raise UserError(f"cannot write {stream.name}: {DISK_FULL[error.errno]}; free space, then start again: what "
-                            "is finished is kept") from error
+            raise UserError(f"cannot write {path}: {DISK_FULL[error.errno]}; free space, then start again: what is "
+                            "finished is kept") from error
         raise
+
+
+def drop_unfinished_line(path: str | Path) -> None:
+    """Cut off what stands behind the last line break of a file; nothing where there is no file."""
+    path = Path(path)
+    if path.exists() and path.stat().st_size:
+        with path.open("rb+") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def write_bytes(path: str | Path, data: bytes, *, durable: bool = True) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grn_scale import __version__
+from grn_scale.atomic import drop_unfinished_line
 from grn_scale.command_line import CommandParser, run, save_config, start_logging
 from grn_scale.config.check import check_layout, check_output, check_set, check_training
 from grn_scale.config.load import build, changes, to_dict
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from grn_scale.batch import Draw, Sample
     from grn_scale.class_to_image.batch import ClassBatch
-    from grn_scale.class_to_image.config import ClassConfig
+    from grn_scale.config.class_schema import ClassConfig
     from grn_scale.data.plan import Plan
     from grn_scale.data.shards import Dataset
     from grn_scale.model.pack import PackedBatch
@@ -39,12 +40,12 @@ log = logging.getLogger("grn_scale.train")
 
 
 def main(argv: list[str]) -> int:
-    from grn_scale.class_to_image.config import ClassConfig
+    from grn_scale.config.class_schema import SCHEMAS
 
     parser = CommandParser("train", "Pretrain a GRN on token shards, on any number of processes. With a model of "
                            "configs/class/ it makes images by class, else video from text.",
                            "grn-scale train --config configs/runs/demo.yaml data.dataset=tokens/ output=runs/first",
-                           schema=(Config, ClassConfig))
+                           schema=SCHEMAS)
     under_slurm = "SLURM_JOB_ID" in os.environ
     parser.add_argument("--resume", default="auto" if under_slurm else "none", metavar="none|auto|must|PATH",
                         help="which checkpoint to continue from (default: none, under Slurm auto)")
@@ -77,7 +78,7 @@ def train_run(config: Config, resume: str) -> None:
     import torch
 
     from grn_scale.checkpoint.checkpoint import resolve_resume
-    from grn_scale.class_to_image.config import ClassConfig
+    from grn_scale.config.class_schema import ClassConfig
     from grn_scale.data.ledger import LEDGER
     from grn_scale.data.loader import PackLoader, check_step_size
     from grn_scale.data.packing import Cost
@@ -127,6 +128,8 @@ def train_run(config: Config, resume: str) -> None:
               MetricsLog(folder, position.step, config.logging, writes=first, config=to_dict(config)) as metrics,
               TrainingProgress(config.train.steps, position.step, shown=first) as progress):
             ledger = folder / LEDGER if first and config.data.ledger else None
+            if ledger:
+                drop_unfinished_line(ledger)
             train(Run(config, engine, loader, assemble, validation, bad_samples, ledger, metrics, progress, save,
                       functools.partial(draws_flops, config), total_peak), position)
     finally:
@@ -146,7 +149,7 @@ def assembler(config: Config, dataset: Dataset,
     captions the plan has decided already, and held-out draws go without it.
     """
     from grn_scale.class_to_image import batch as images
-    from grn_scale.class_to_image.config import ClassConfig
+    from grn_scale.config.class_schema import ClassConfig
     from grn_scale.model import pack
     from grn_scale.parallel import groups
 
@@ -174,8 +177,8 @@ def check_images(dataset: Dataset, config: ClassConfig) -> None:
 
 def draws_flops(config: Config, draws: Sequence[Draw]) -> int:
     """FLOPs of training on these draws."""
-    from grn_scale.class_to_image.config import ClassConfig
     from grn_scale.class_to_image.flops import image_flops
+    from grn_scale.config.class_schema import ClassConfig
     from grn_scale.perf.flops import model_flops
 
     if isinstance(config, ClassConfig):
@@ -210,6 +213,12 @@ def check_resume(checkpoint: Path, config: Config, plan: Plan) -> None:
     from grn_scale.data.plan import DataState
 
     saved = read_state(checkpoint)
+    if ("num_classes" in saved["config"]["model"]) != hasattr(config.model, "num_classes"):
+        raise ConfigError(f"{checkpoint} is of another kind of model than the configuration (text-to-video against "
+                          "class-to-image): give the configuration it was trained with, or a new output folder")
+    if "data" not in saved and checkpoint.resolve().parent == Path(config.output).resolve():
+        raise ConfigError(f"{checkpoint} holds weights alone, from which a run starts in a folder of its own: give "
+                          f"another output, and --resume {checkpoint}")
     # What an older version did not know yet has its default there.
     model = to_dict(build(type(config.model), saved["config"]["model"], "model."))
     changed = changes({**to_dict(config), **saved["config"], "model": model}, to_dict(config))
@@ -228,7 +237,8 @@ def check_resume(checkpoint: Path, config: Config, plan: Plan) -> None:
 def restore(engine: TrainEngine, checkpoint: Path | None, plan: Plan) -> Position:
     """Where the checkpoint stands, after filling the engine from it; the start of everything for None.
 
-    A checkpoint of weights alone (as `grn-scale convert` makes it) gives the weights that training starts from.
+    A checkpoint without optimizer state (as `grn-scale convert` makes it) gives the weights that training starts from,
+    and their moving average where it holds one.
     """
     from grn_scale.checkpoint.checkpoint import load_checkpoint, read_state
     from grn_scale.checkpoint.store import load_chunks
@@ -242,10 +252,10 @@ def restore(engine: TrainEngine, checkpoint: Path | None, plan: Plan) -> Positio
     whole_state = "updates" in saved
     sections, weights = engine.restore_chunks(saved["updates"] if whole_state else 0)
     if not whole_state:
-        sections = {"model": sections["model"]}
+        sections = {name: chunks for name, chunks in sections.items() if (checkpoint / name).is_dir()}
     load_checkpoint(checkpoint, sections, groups.host())
     load_chunks(checkpoint / "model", weights, groups.host())
-    engine.finish_restore(restart_average=not whole_state)
+    engine.finish_restore(restart_average="ema" not in sections)
     if not whole_state:
         log.info("starting from the weights of %s; it holds no optimizer state", checkpoint)
         return Position(0, 0, plan.start())

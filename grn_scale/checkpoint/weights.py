@@ -70,6 +70,9 @@ def load_model_config(path: str | Path) -> ModelConfig:
         values = config.get("model") if isinstance(config, dict) else None
     if not isinstance(values, dict):
         raise UserError(f"{path} carries no model configuration (model)")
+    if "num_classes" in values:
+        raise UserError(f"{path} is of a class-to-image model, not of a text/video one: load it with "
+                        "grn_scale.class_to_image.load_model")
     return build(ModelConfig, values, "model.")
 
 

@@ -14,8 +14,8 @@ import torch
 
 from grn_scale import keyed
 from grn_scale.batch import Draw, Sample
-from grn_scale.class_to_image.config import ClassModelConfig
 from grn_scale.class_to_image.model import ClassGRN
+from grn_scale.config.class_schema import ClassModelConfig
 from grn_scale.config.schema import NoiseConfig
 from grn_scale.errors import UserError
 from grn_scale.model.loss import LabelLoss, label_loss

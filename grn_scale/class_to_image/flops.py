@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from grn_scale.class_to_image.config import ClassModelConfig
+from grn_scale.config.class_schema import ClassModelConfig
 
 
 def image_flops(config: ClassModelConfig) -> int:

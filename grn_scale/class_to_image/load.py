@@ -14,9 +14,9 @@ from grn_scale.checkpoint.checkpoint import read_state
 from grn_scale.checkpoint.index import read_json
 from grn_scale.checkpoint.tensor_file import Entry, write_tensor_file
 from grn_scale.checkpoint.weights import find_checkpoint, load_weights
-from grn_scale.class_to_image.config import ClassModelConfig
 from grn_scale.class_to_image.model import ClassGRN
 from grn_scale.class_to_image.positions import sine_table
+from grn_scale.config.class_schema import ClassModelConfig
 from grn_scale.config.load import build, to_dict
 from grn_scale.errors import ConfigError, UserError
 
@@ -51,9 +51,7 @@ def load_model(path: str | Path, config: ClassModelConfig | None = None, *, ema:
         return with_weights(config, load_weights(path, ema=ema), str(path))
     if path.is_dir():
         config = config or _config_of_run(path)
-        # A checkpoint keeps what is trained; the table is not.
-        fixed = {"pos_embed": sine_table(config.grid, config.hidden_size)}
-        return with_weights(config, fixed | load_weights(path, ema=ema), str(path))
+        return with_weights(config, fixed_tensors(config) | load_weights(path, ema=ema), str(path))
     if not path.is_file():
         raise UserError(f"there is no {path}; give a safetensors file, a run folder, or a folder with {CONFIG_FILE} "
                         f"and {WEIGHTS_FILE}")
@@ -73,6 +71,11 @@ def save_model(model: ClassGRN, folder: str | Path) -> None:
     write_tensor_file(folder / WEIGHTS_FILE, [
         Entry(name, tensor.dtype, tuple(tensor.shape), lambda tensor=tensor: tensor) for name, tensor in state.items()])
     write_json(folder / CONFIG_FILE, {"kind": KIND, "model": to_dict(model.config)})
+
+
+def fixed_tensors(config: ClassModelConfig) -> dict[str, torch.Tensor]:
+    """What belongs to the state dict and is not trained; a run's checkpoints leave it out."""
+    return {"pos_embed": sine_table(config.grid, config.hidden_size)}
 
 
 def from_official(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -109,22 +112,26 @@ def infer_config(weights: Mapping[str, torch.Tensor], **known: Any) -> ClassMode
     files have 16 and 4), and `in_context_start` (told by the official widths). ConfigError where these do not
     tell either: then give the fields.
     """
-    def shape(name: str) -> tuple[int, ...]:
+    def shape(name: str, dimensions: int) -> tuple[int, ...]:
         if name not in weights:
             raise ConfigError(f"these tensors do not belong to a class-to-image GRN: there is no {name}")
-        return tuple(weights[name].shape)
+        found = tuple(weights[name].shape)
+        if len(found) != dimensions or 0 in found:
+            raise UserError(f"{name} is {list(found)}, but a class-to-image GRN has {dimensions} dimensions there, "
+                            "none of them empty")
+        return found
 
-    bottleneck, inputs, *_ = shape("x_embedder.proj1.weight")
-    _, tokens, hidden = shape("pos_embed")
+    bottleneck, inputs, *_ = shape("x_embedder.proj1.weight", 4)
+    _, tokens, hidden = shape("pos_embed", 3)
     posemb = weights.get("in_context_posemb")
     layers = 0
     while f"blocks.{layers}.norm1.weight" in weights:
         layers += 1
     values: dict[str, Any] = {
-        "hidden_size": hidden, "num_layers": layers, "num_heads": hidden // shape("blocks.0.attn.q_norm.weight")[0],
-        "mlp_ratio": _mlp_ratio(hidden, shape("blocks.0.mlp.w3.weight")[1]), "bottleneck_size": bottleneck,
-        "in_context_length": 0 if posemb is None else posemb.shape[1],
-        "num_classes": shape("y_embedder.embedding_table.weight")[0] - 1, "grid": round(tokens**0.5),
+        "hidden_size": hidden, "num_layers": layers, "num_heads": hidden // shape("blocks.0.attn.q_norm.weight", 1)[0],
+        "mlp_ratio": _mlp_ratio(hidden, shape("blocks.0.mlp.w3.weight", 2)[1]), "bottleneck_size": bottleneck,
+        "in_context_length": 0 if posemb is None else shape("in_context_posemb", 3)[1],
+        "num_classes": shape("y_embedder.embedding_table.weight", 2)[0] - 1, "grid": round(tokens**0.5),
         "latent_channels": 16, "rounds": 4} | known
     if "in_context_start" not in values:
         if values["in_context_length"] and hidden not in OFFICIAL_STARTS:

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from grn_scale.class_to_image.config import ClassModelConfig
 from grn_scale.class_to_image.positions import rotary_tables, sine_table
+from grn_scale.config.class_schema import ClassModelConfig
 from grn_scale.errors import UserError
 from grn_scale.model.rope import rotate
 from grn_scale.model.transformer import LevelEmbedder, RMSNorm, linear_fp32

@@ -35,7 +35,8 @@ class ClassSamplingSettings:
     """Guidance acts at signal levels below this (unless guidance_low is below 0)."""
     temperature: float = 1.31
     adaptive: AdaptiveConfig | None = None
-    """Complexity-aware: the entropy after adaptive.wp steps decides a sample's number of steps."""
+    """Complexity-aware: the entropy after adaptive.wp steps decides a sample's number of steps. As in the reference its
+    temperature factor always applies."""
 
     def __post_init__(self) -> None:
         require_choice("sampling.schedule", self.schedule, ("linear", "cosine"))
@@ -74,7 +75,7 @@ class ClassSamplingSettings:
     def temperatures(self, step: int, after_B: torch.Tensor) -> torch.Tensor:
         """fp32 [B]: temperature of each sample in a step; after_B as in `next_times`."""
         rule = self.adaptive
-        if rule is None or not rule.temperature_factor or step < rule.wp:
+        if rule is None or step < rule.wp:
             return torch.full((len(after_B),), self.temperature)
         factors = torch.tensor([temperature_factor(n) for n in after_B.tolist()])
         return self.temperature * factors

@@ -64,7 +64,8 @@ def shipped_file(name: str) -> Path:
     return Path(str(files("grn_scale.configs").joinpath(name)))
 
 
-def _read_mapping(path: Path, field: str) -> dict[str, Any]:
+def read_mapping(path: Path, field: str) -> dict[str, Any]:
+    """Content of a YAML file of keys and values; ConfigError, naming the `field` it was given for, otherwise."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -138,7 +139,7 @@ def _resolve_files(values: dict[str, Any], cls: type, base: Path) -> dict[str, A
             path = next((c for c in candidates if c.is_file()), None)
             if path is None:
                 raise ConfigError(f"{key}: no file {value!r}, looked at {' and '.join(map(str, candidates))}")
-            value = _read_mapping(path, key)
+            value = read_mapping(path, key)
         resolved[key] = value
     return resolved
 
@@ -185,10 +186,23 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = (),
         file = Path(path)
         if not file.exists() and not file.is_absolute() and file.parts[:1] == ("configs",):
             file = shipped_file(str(Path(*file.parts[1:])))
-        values, base = _read_mapping(file, "--config"), file.resolve().parent
+        values, base = read_mapping(file, "--config"), file.resolve().parent
     schemas = cls if isinstance(cls, tuple) else (cls,)
     values = apply_overrides(values, overrides, schemas[0], base)
+    _check_keys(schemas, values)
     return build(max(schemas, key=lambda schema: _known_keys(schema, values)), values, base=base)
+
+
+def _check_keys(schemas: tuple[type, ...], values: Mapping[str, Any]) -> None:
+    """ConfigError for a section's key that none of the schemas knows, with the nearest one of any of them."""
+    for name, section in values.items():
+        kinds = [kind for kind in (typing.get_type_hints(schema).get(name) for schema in schemas)
+                 if dataclasses.is_dataclass(kind)]
+        if kinds and isinstance(section, Mapping):
+            valid = {key: None for kind in kinds for key in typing.get_type_hints(kind)}
+            for key in section:
+                if key not in valid:
+                    raise _unknown(str(key), valid, f"{name}.")
 
 
 def _known_keys(schema: type, values: Mapping[str, Any]) -> int:

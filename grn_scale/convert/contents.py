@@ -4,15 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from grn_scale.checkpoint import layout
 from grn_scale.checkpoint.index import read_json
-from grn_scale.checkpoint.stored import PIPELINE, StoredWeights, read_small_json, safetensors_file, weights_folder
+from grn_scale.checkpoint.stored import (
+    PIPELINE,
+    StoredValue,
+    StoredWeights,
+    read_small_json,
+    safetensors_file,
+    weights_folder,
+)
 from grn_scale.checkpoint.weights import find_checkpoint
+from grn_scale.class_to_image.load import fixed_tensors
 from grn_scale.config.load import build
-from grn_scale.convert.kinds import CONFIG_CLASSES, kind_of, official_names
+from grn_scale.convert.kinds import CLASS, CLASS_PREFIX, CONFIG_CLASSES, kind_of, official_names
 from grn_scale.convert.native import CLASS_FILES, SECTIONS, section_weights
 from grn_scale.convert.torch_file import TorchFile, is_torch_file, open_torch_file
 from grn_scale.errors import UserError
@@ -75,12 +86,16 @@ def _open_torch(file: TorchFile) -> Contents:
     trainer = content.get("trainer")
     if isinstance(trainer, Mapping):
         step = content.get("g_it")
-        return _contents(file.path, OFFICIAL, _sets(file, trainer, TRAINING_SETS, "trainer."),
-                         step=step if type(step) is int and 0 <= step < 10**15 else None)
+        return _contents(file.path, OFFICIAL, _sets(file, trainer, TRAINING_SETS, "trainer."), step=_step(step))
     for names in (CLASS_SETS, TOKENIZER_SETS):
         if any(isinstance(content.get(entry), Mapping) for entry in names.values()):
             return _contents(file.path, OFFICIAL, _sets(file, content, names, ""))
     return _contents(file.path, OFFICIAL, {RAW: file.weights(content, "its state dict")})
+
+
+def _step(value: Any) -> int | None:
+    """A training step as a file states it; None for what can be none."""
+    return value if type(value) is int and 0 <= value < 10**15 else None
 
 
 def _sets(file: TorchFile, content: Mapping[str, Any], names: Mapping[str, str],
@@ -107,7 +122,7 @@ def _open_folder(path: Path) -> Contents:
         return _with_config(_contents(path, NATIVE, sets), described.get("model"), path / "config.json")
     weights = None if layout.is_step_folder(path) else weights_folder(path)
     if weights is not None:
-        opened = _contents(path, HF, {RAW: weights}, step=described.get("step"))
+        opened = _contents(path, HF, {RAW: weights}, step=_step(described.get("step")))
         return _with_config(opened, described.get("model"), path / "config.json")
     checkpoint = find_checkpoint(path)
     sections = {name: section for name, section in SECTIONS.items() if (checkpoint / section).is_dir()}
@@ -117,9 +132,20 @@ def _open_folder(path: Path) -> Contents:
     state = read_json(checkpoint / layout.STATE_NAME)
     config = state.get("config")
     opened = _contents(checkpoint, NATIVE, {name: section_weights(checkpoint / s) for name, s in sections.items()},
-                       step=state.get("step"))
-    return _with_config(opened, config.get("model") if isinstance(config, dict) else None,
-                        checkpoint / layout.STATE_NAME)
+                       step=_step(state.get("step")))
+    opened = _with_config(opened, config.get("model") if isinstance(config, dict) else None,
+                          checkpoint / layout.STATE_NAME)
+    if opened.kind == CLASS:
+        # A checkpoint keeps what is trained; official files hold the fixed table too.
+        table = {CLASS_PREFIX + name: value for name, value in fixed_tensors(opened.config).items()}
+        opened = replace(opened, sets={name: StoredWeights({**_stored(table), **weights.values_by_name})
+                                       for name, weights in opened.sets.items()})
+    return opened
+
+
+def _stored(tensors: Mapping[str, torch.Tensor]) -> dict[str, StoredValue]:
+    return {name: StoredValue(tensor.dtype, tuple(tensor.shape), partial(tensor.clone))
+            for name, tensor in tensors.items()}
 
 
 def _with_config(opened: Contents, values: Any, path: Path) -> Contents:

@@ -209,6 +209,7 @@ def _pipeline_writer(checked: Checked, request: Request) -> Callable[[Path], Non
 @contextmanager
 def _finished(output: Path):
     """A path beside `output` that becomes it when the block ends; after an error nothing of it is left."""
+    output = output.absolute()
     partial = output.with_name(output.name + PARTIAL)
     try:
         if output.exists() and not (output.is_dir() and not any(output.iterdir())):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from grn_scale.checkpoint.stored import StoredWeights
-from grn_scale.class_to_image.config import ClassModelConfig
+from grn_scale.config.class_schema import ClassModelConfig
 from grn_scale.config.load import build, to_dict
 from grn_scale.config.schema import ModelConfig
 from grn_scale.convert import umt5

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grn_scale.atomic import append_line
 from grn_scale.batch import Pack
 from grn_scale.errors import UserError
 
@@ -43,9 +44,7 @@ def record_step(path: str | Path, step: int, packs: Sequence[Pack]) -> None:
     line = {"step": step,
             "packs": [{"epoch": p.epoch, "position": p.position,
                        "draws": [[draw.index, draw.key] for draw in p.draws]} for p in packs]}
-    # One unbuffered write: a process killed at any moment leaves whole lines.
-    with open(path, "ab", buffering=0) as file:
-        file.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
+    append_line(path, json.dumps(line, separators=(",", ":")))
 
 
 def read_steps(path: str | Path) -> dict[int, list[dict[str, Any]]]:

@@ -21,6 +21,7 @@ from grn_scale.command_line import CommandParser, run, start_logging
 from grn_scale.config.check import check_output, check_set
 from grn_scale.config.schema import AdaptiveConfig, Config
 from grn_scale.data.buckets import choose_bucket
+from grn_scale.data.shards import Dataset
 from grn_scale.errors import ConfigError, UserError
 from grn_scale.evaluation.held_out import agreement, by_noise, held_out_packs
 from grn_scale.evaluation.steps import StepTargets, decision_entropies, describe_steps, fit_rule, steps_of
@@ -33,12 +34,14 @@ def main(argv: list[str]) -> int:
     """Run `grn-scale evaluate` with its arguments; the exit code."""
     parser = _parser()
     config, options = parser.parse_command(argv)
-    check_set(config, "output")
-    check_output(config.output)
     if not options.held_out and not options.calibrate_steps:
         raise ConfigError("say what to measure: --held-out, --calibrate-steps, or both")
     start_logging()
     source = open_source(options.run)
+    if options.config is None:
+        config = source.run_config(options.overrides)
+    check_set(config, "output")
+    check_output(config.output)
     result: dict[str, Any] = {"checkpoint": str(source.checkpoint), "step": source.state.get("step")}
     folder = Path(config.output)
     if options.held_out:
@@ -53,7 +56,8 @@ def main(argv: list[str]) -> int:
 
 def _parser() -> CommandParser:
     parser = CommandParser(
-        "evaluate", "Measure a trained model on held-out samples, or fit the number of refinement steps to it.",
+        "evaluate", "Measure a trained model on held-out samples, or fit the number of refinement steps to it. "
+        "Without --config the run's own configuration holds.",
         "grn-scale evaluate --run runs/first --held-out data.dataset=tokens/ output=measured/", json=True)
     parser.add_argument("--run", required=True, metavar="RUN", help="run folder (its newest checkpoint) or step folder")
     parser.add_argument("--raw", action="store_true", help="the trained weights, not their moving average")
@@ -77,10 +81,18 @@ def measure_held_out(source: Source, config: Config, options: argparse.Namespace
     check_set(config, "data.dataset")
     if options.packs < 1:
         raise ConfigError(f"--packs is {options.packs}, but must be at least 1")
+    dataset = Dataset.open(config.data.dataset)
+    source.check_fingerprint("tokenizer", "data.dataset", dataset.info.tokenizer_fingerprint)
+    source.check_fingerprint("text", "data.dataset", dataset.info.text_fingerprint)
+    trained_with = source.state.get("config", {}).get("data", {}).get("validation_fraction")
+    if trained_with is not None and config.data.validation_fraction > trained_with:
+        raise ConfigError(f"data.validation_fraction is {config.data.validation_fraction:g}, but {source.checkpoint} "
+                          f"was trained with {trained_with:g}: some of these samples were trained on, give at most "
+                          "that")
     trained = source.load(raw=options.raw)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     model = trained.model.to("cuda" if torch.cuda.is_available() else "cpu", dtype)
-    packs = held_out_packs(config, model, options.packs)
+    packs = held_out_packs(dataset, config, model, options.packs)
     return {"weights": trained.weights, "precision": config.train.precision, **by_noise(model, packs),
             "training_and_sampling": agreement(model, packs)}
 
@@ -90,6 +102,9 @@ def calibrate(source: Source, config: Config, options: argparse.Namespace, folde
     check_set(config, "text.encoder")
     prompts = _prompts(options.prompts)
     tmax = config.sampling.tmax
+    for name in ("mean_steps", "spread"):
+        if getattr(options, name) is not None and getattr(options, name) <= 0:
+            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(options, name):g}, but must be greater than 0")
     targets = StepTargets(0.55 * tmax if options.mean_steps is None else options.mean_steps,
                           0.4 * tmax if options.spread is None else options.spread)
     pipeline, weights = open_pipeline(source, config, raw=options.raw)
@@ -101,7 +116,7 @@ def calibrate(source: Source, config: Config, options: argparse.Namespace, folde
     rule = fit_rule(entropies, targets, base, tmax)
     steps = steps_of(entropies, rule, tmax)
     folder.mkdir(parents=True, exist_ok=True)
-    write_bytes(folder / RULE, _yaml(rule))
+    write_bytes(folder / RULE, _yaml(rule, tmax))
     _plot(entropies, steps, folder / PICTURE)
     return {"weights": weights, "prompts": len(prompts), "tmax": tmax, "rule": dataclasses.asdict(rule),
             "entropy": {"min": min(entropies), "mean": sum(entropies) / len(entropies), "max": max(entropies)},
@@ -121,10 +136,11 @@ def _prompts(file: str | None) -> list[str]:
     return prompts
 
 
-def _yaml(rule: AdaptiveConfig) -> bytes:
+def _yaml(rule: AdaptiveConfig, tmax: int) -> bytes:
+    """A run file's sampling section: k and b belong to tmax."""
     import yaml
 
-    return yaml.safe_dump({"sampling": {"adaptive": dataclasses.asdict(rule)}}, sort_keys=False).encode()
+    return yaml.safe_dump({"sampling": {"tmax": tmax, "adaptive": dataclasses.asdict(rule)}}, sort_keys=False).encode()
 
 
 def _plot(entropies: Sequence[float], steps: Sequence[int], path: Path) -> None:

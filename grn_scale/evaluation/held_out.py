@@ -26,12 +26,11 @@ class HeldOutPack:
     """The same, corrupted and packed as validation in training does it."""
 
 
-def held_out_packs(config: Config, model: GRN, packs: int) -> list[HeldOutPack]:
-    """The first packs of the validation split of data.dataset, on the model's device.
+def held_out_packs(dataset: Dataset, config: Config, model: GRN, packs: int) -> list[HeldOutPack]:
+    """The first packs of the dataset's validation split, on the model's device.
 
     Their noise is keyed by fixed draws, as in validation. ConfigError where nothing is held out.
     """
-    dataset = Dataset.open(config.data.dataset)
     plan = Plan.of(dataset, config.data, config.seed, split="validation")
     chosen, _ = plan.next_step(plan.start(), min(packs, plan.packs_in_epoch(0)))
     weights = sample_weights(chosen, config.loss.gamma)
@@ -60,7 +59,7 @@ def by_noise(model: GRN, packs: list[HeldOutPack]) -> dict[str, Any]:
 def agreement(model: GRN, packs: list[HeldOutPack]) -> dict[str, Any]:
     """How far the scores of the same tokens lie apart when they come as a training pack and one by one to the sampler.
 
-    Largest difference over all samples, and the scores' standard deviation for comparison.
+    Largest difference over all samples, and the largest standard deviation of a pack's scores for comparison.
     """
     largest, spread, samples = 0.0, 0.0, 0
     for pack in packs:

@@ -7,9 +7,9 @@ from megatron.core.enums import ModelType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from grn_scale.class_to_image.batch import ClassBatch, batch_loss
-from grn_scale.class_to_image.config import ClassModelConfig
 from grn_scale.class_to_image.initialize import initial_tensor
 from grn_scale.class_to_image.model import ClassGRN
+from grn_scale.config.class_schema import ClassModelConfig
 from grn_scale.model.loss import LabelLoss
 from grn_scale.parallel.placement import Placement, whole
 

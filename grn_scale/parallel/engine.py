@@ -17,7 +17,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from grn_scale.checkpoint.chunks import Chunk
 from grn_scale.class_to_image.batch import ClassBatch
-from grn_scale.class_to_image.config import ClassModelConfig
+from grn_scale.config.class_schema import ClassModelConfig
 from grn_scale.config.schema import Config
 from grn_scale.model.loss import NOISE_BINS, LabelLoss, noise_bin_sums
 from grn_scale.model.pack import PackedBatch

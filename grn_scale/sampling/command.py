@@ -13,7 +13,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,7 @@ import numpy as np
 from grn_scale.atomic import write_bytes, write_json
 from grn_scale.command_line import CommandParser, run, start_logging
 from grn_scale.config.check import check_output, check_set
-from grn_scale.config.load import apply_overrides, build, to_dict
+from grn_scale.config.load import to_dict
 from grn_scale.config.schema import Config
 from grn_scale.data.buckets import CELL_PIXELS, choose_bucket, nearest_ratio_key, whole_groups
 from grn_scale.data.decode import DecodeError, DecodeRequest, decode_clip
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> int:
     start_logging()
     source = open_source(options.run)
     if options.config is None:
-        config = _run_config(source, options.overrides)
+        config = source.run_config(options.overrides)
     check_set(config, "output", "text.encoder")
     check_output(config.output)
     summary = sample(source, config, _request(options, config))
@@ -112,14 +112,6 @@ def _parser() -> CommandParser:
                         "further segment continues from the last frame of the one before (default: 1)")
     parser.add_argument("--raw", action="store_true", help="the trained weights, not their moving average")
     return parser
-
-
-def _run_config(source: Source, overrides: Sequence[str]) -> Config:
-    """The configuration the model was trained with, the overrides on top; where to write is not taken from it."""
-    if "config" not in source.state:
-        raise ConfigError(f"{source.checkpoint} carries no configuration; give --config FILE")
-    values = {**source.state["config"], "output": ""}
-    return build(Config, apply_overrides(values, overrides, Config, Path.cwd()))
 
 
 def _request(options: argparse.Namespace, config: Config) -> Request:

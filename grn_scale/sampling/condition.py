@@ -28,7 +28,8 @@ class SamplingSettings:
     end_fraction: float = 0.95
     """Largest share of predictions; belongs to the model (`ModelConfig.end_fraction`)."""
     adaptive: AdaptiveConfig | None = None
-    """How the number of steps follows from the prediction; then `steps` has no effect, and tmax is the most."""
+    """How the number of steps follows from the prediction; None: it does not. With it (whatever `enabled` says, that is
+    for run files) `steps` has no effect, and tmax is the most."""
     guidance_end: float = 1.0
     """Guidance acts on a sample up to this share of predictions."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import torch
 
 from grn_scale.checkpoint.checkpoint import read_state
 from grn_scale.checkpoint.weights import find_checkpoint
+from grn_scale.config.load import apply_overrides, build
 from grn_scale.config.schema import Config
-from grn_scale.errors import UserError
+from grn_scale.errors import ConfigError, UserError
 from grn_scale.model import GRN, load_model
 from grn_scale.sampling.pipeline import GRNPipeline
 from grn_scale.tokenizer import load_tokenizer
@@ -34,6 +36,13 @@ class Source:
     def fps(self) -> float | None:
         """Frames a second of the clips that it was trained on, where the checkpoint says."""
         return self.state.get("dataset", {}).get("fps")
+
+    def run_config(self, overrides: Sequence[str]) -> Config:
+        """The configuration the model was trained with, the overrides on top; where to write is not taken from it."""
+        if "config" not in self.state:
+            raise ConfigError(f"{self.checkpoint} carries no configuration; give --config FILE")
+        values = {**self.state["config"], "output": ""}
+        return build(Config, apply_overrides(values, overrides, Config, Path.cwd()))
 
     def load(self, *, raw: bool) -> TrainedModel:
         """The model of the checkpoint: the moving average of its weights where there is one, unless `raw`."""

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from grn_scale.atomic import append_line
+from grn_scale.atomic import append_line, drop_unfinished_line
 from grn_scale.data.loader import BadSample
 from grn_scale.errors import DoNotRequeue
 
@@ -28,6 +28,8 @@ class BadSamples:
                  writes: bool = True) -> None:
         self._path, self._limit, self._gather, self._writes = folder / FILE_NAME, limit, gather, writes
         self._keys = set(known)
+        if writes:
+            drop_unfinished_line(self._path)
 
     def add(self, step: int, found: Sequence[BadSample]) -> None:
         """Take over what this process found in a step; every process must call, also one that found nothing.
@@ -39,9 +41,8 @@ class BadSamples:
             return
         self._keys.update(new)
         if self._writes:
-            with self._path.open("a", encoding="utf-8") as file:
-                for bad in new.values():
-                    append_line(file, json.dumps({"step": step, **dataclasses.asdict(bad)}))
+            for bad in new.values():
+                append_line(self._path, json.dumps({"step": step, **dataclasses.asdict(bad)}))
         if len(self._keys) > self._limit:
             last = list(new.values())[-1]
             raise DoNotRequeue(

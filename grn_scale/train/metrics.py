@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from grn_scale.atomic import append_line, atomic_file
+from grn_scale.atomic import append_line, atomic_file, drop_unfinished_line
 from grn_scale.config.schema import LoggingConfig
 from grn_scale.errors import ConfigError, UserError
 
@@ -46,7 +46,7 @@ class MetricsLog:
                  config: Mapping[str, Any] | None = None) -> None:
         self.path = folder / FILE_NAME
         self.run_id, self.attempt = "", 0
-        self._file = None
+        self._writes = writes
         self._wandb = None
         if not writes:
             return
@@ -54,28 +54,24 @@ class MetricsLog:
         starts = [row for row in _lines(self.path) if row.get("event") == "start"]
         self.run_id = starts[0]["run"] if starts else uuid.uuid4().hex[:12]
         self.attempt = starts[-1]["attempt"] + 1 if starts else 1
-        _drop_unfinished_line(self.path)
-        self._file = self.path.open("a", encoding="utf-8")
+        drop_unfinished_line(self.path)
         self._append(step, {"event": "start"})
         if settings.wandb != "off":
             self._wandb = _start_wandb(folder, self.run_id, settings, config)
 
     def write(self, step: int, values: Values) -> None:
         """Add the values of `step` (updates done): numbers, text, or lists of them. NaN and infinity become null."""
-        if self._file is None:
+        if not self._writes:
             return
         row = self._append(step, values)
         if self._wandb is not None:
             self._wandb.log({key: value for key, value in _flat(row).items() if key not in ("run", "attempt", "time")})
 
     def close(self) -> None:
-        """Finish the wandb run and close the file."""
+        """Finish the wandb run."""
         if self._wandb is not None:
             self._wandb.finish()
             self._wandb = None
-        if self._file is not None:
-            self._file.close()
-            self._file = None
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -86,7 +82,7 @@ class MetricsLog:
     def _append(self, step: int, values: Values) -> dict[str, Any]:
         row = {"run": self.run_id, "attempt": self.attempt, "step": step, "time": round(time.time(), 3),
                **{key: _json_value(value) for key, value in values.items()}}
-        append_line(self._file, json.dumps(row, allow_nan=False))
+        append_line(self.path, json.dumps(row, allow_nan=False))
         return row
 
 
@@ -163,13 +159,6 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError as error:
             raise UserError(f"{path}:{number}: no JSON object ({error}); mend or remove the line") from error
     return rows
-
-
-def _drop_unfinished_line(path: Path) -> None:
-    """A kill in the middle of a write leaves half a line; the row it belonged to was never complete."""
-    if path.exists() and (size := path.stat().st_size):
-        with path.open("rb+") as file:
-            file.truncate(file.read(size).rfind(b"\n") + 1)
 
 
 def _json_value(value: Any) -> Any:

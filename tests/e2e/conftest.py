@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.workplace import Workplace
+from tests.helpers.tokenize_setup import TokenizeSetup
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    return Workplace(tmp_path_factory.mktemp("work"))
+    return TokenizeSetup(tmp_path_factory.mktemp("work"))
 
 
 @pytest.fixture(scope="module")

@@ -25,10 +25,9 @@ def dataset(tmp_path_factory) -> Path:
                                             for i in range(24)])
     write_tokenizer(folder / "tokenizer.safetensors")
     write_text_encoder(folder / "text", 24)
-    grn_scale("tokenize", "model.latent_channels=4", "model.text_hidden_size=64", f"data.manifest={folder}/clips.jsonl",
-              f"output={folder}/tokens", f"tokenizer.path={folder}/tokenizer.safetensors",
-              f"text.encoder={folder}/text", "tokenize.latent_side=2", "tokenize.max_frames=1",
-              "tokenize.shard_samples=8")
+    grn_scale("tokenize", "--config", "configs/runs/class_b.yaml", "model.latent_channels=4", "tokenize.latent_side=2",
+              f"data.manifest={folder}/clips.jsonl", f"output={folder}/tokens", "tokenize.shard_samples=8",
+              f"tokenizer.path={folder}/tokenizer.safetensors", f"text.encoder={folder}/text")
     return folder
 
 
@@ -51,8 +50,18 @@ def test_a_class_model_trains_resumes_exactly_and_samples(dataset, tmp_path):
     assert rows[8]["loss"] < rows[1]["loss"] and rows[1]["model_tflops_per_second"] > 0
     images = generate(load_model(tmp_path / "a", ema=True), [0, 1, 2], ClassSamplingSettings(steps=4))
     assert images.labels.shape == (3, 4, 2, 2)
+    for form, output in (("official", tmp_path / "a.pth"), ("hf", tmp_path / "hf")):
+        grn_scale("convert", "--input", str(tmp_path / "a"), "--from", "native", "--to", form, "--output", str(output))
+    again = generate(load_model(tmp_path / "hf"), [0, 1, 2], ClassSamplingSettings(steps=4))
+    assert torch.equal(again.labels, images.labels)
+    text = ("model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "model.text_hidden_size=64")
+    done = grn_scale("train", *text, f"data.dataset={dataset}/tokens", f"output={tmp_path}/a", "--resume", "must",
+                     f"tokenizer.path={dataset}/tokenizer.safetensors", "model.latent_channels=4",
+                     "model.task_tags=false", "data.token_budget=128", "data.validation_fraction=0.2", expect=2)
+    assert "another kind of model" in done.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one(dataset, tmp_path):
     for name, processes in (("one", 1), ("two", 2)):
         grn_scale(*arguments(dataset, tmp_path / name, "data.token_budget=128", "data.packs_per_step=2",

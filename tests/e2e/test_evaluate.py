@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from grn_scale.cli import main
 from tests.helpers.clips import caption
 from tests.helpers.jobs import grn_scale, train_arguments, write_dataset
 
@@ -21,14 +22,14 @@ def made(tmp_path_factory) -> Path:
     return folder
 
 
-def evaluate(made: Path, output: Path, *more: str, expect: int = 0):
-    return grn_scale("evaluate", "--run", f"{made}/run", "--config", f"{made}/run/config.yaml", f"output={output}",
-                     f"text.encoder={made}/text", "train.precision=fp32", *more, expect=expect)
+def arguments(made: Path, output: Path, *more: str) -> list[str]:
+    return ["evaluate", "--run", f"{made}/run", f"output={output}", f"text.encoder={made}/text", "train.precision=fp32",
+            *more]
 
 
-def test_held_out_samples_score_alike_in_training_and_sampling(made, tmp_path):
-    done = evaluate(made, tmp_path / "out", "--held-out", "--packs", "2", "--json")
-    result = json.loads(done.stdout)
+def test_held_out_samples_score_alike_in_training_and_sampling(made, tmp_path, capsys):
+    assert main(arguments(made, tmp_path / "out", "--held-out", "--packs", "2", "--json")) == 0
+    result = json.loads(capsys.readouterr().out)
     assert result == json.loads((tmp_path / "out/evaluation.json").read_text())
     held_out = result["held_out"]
     assert held_out["packs"] >= 1 and 0 < held_out["bit_accuracy"] < 1 and len(held_out["loss_by_noise"]) == 10
@@ -37,19 +38,20 @@ def test_held_out_samples_score_alike_in_training_and_sampling(made, tmp_path):
     assert same["largest_score_difference"] < 1e-4 * max(1.0, same["score_standard_deviation"])
 
 
-def test_the_fitted_rule_has_the_mean_that_was_asked_for_and_can_be_sampled_with(made, tmp_path):
+def test_the_fitted_rule_has_the_mean_that_was_asked_for_and_can_be_sampled_with(made, tmp_path, capsys):
     sampling = ("sampling.tmax=12", "sampling.adaptive.wp=2", "sampling.adaptive.tmin=4", "tokenize.latent_side=2",
                 "tokenize.max_frames=9")
-    done = evaluate(made, tmp_path / "out", "--calibrate-steps", "--prompts", f"{made}/prompts.txt", "--mean-steps",
-                    "7", "--spread", "4", *sampling)
-    assert "mean 7" in done.stdout or "mean 6.9" in done.stdout or "mean 7.1" in done.stdout, done.stdout
+    assert main(arguments(made, tmp_path / "out", "--calibrate-steps", "--prompts", f"{made}/prompts.txt",
+                          "--mean-steps", "7", "--spread", "4", *sampling)) == 0
+    printed = capsys.readouterr().out
+    assert any(f"mean {mean}" in printed for mean in ("6.9", "7.0", "7.1")), printed
     rule = yaml.safe_load((tmp_path / "out/adaptive.yaml").read_text())["sampling"]["adaptive"]
     assert rule["enabled"] and rule["wp"] == 2 and (tmp_path / "out/steps.png").stat().st_size > 1000
     fitted = [f"sampling.adaptive.{key}={str(value).lower()}" for key, value in rule.items()]
-    done = grn_scale("sample", "--run", f"{made}/run", "--prompts", f"{made}/prompts.txt", f"output={tmp_path}/samples",
-                     f"text.encoder={made}/text", "train.precision=fp32", *sampling[:1], *sampling[3:], *fitted,
-                     "--json")
-    steps = [sample["steps"] for sample in json.loads(done.stdout)["samples"]]
+    assert main(["sample", "--run", f"{made}/run", "--prompts", f"{made}/prompts.txt", f"output={tmp_path}/samples",
+                 f"text.encoder={made}/text", "train.precision=fp32", *sampling[:1], *sampling[3:], *fitted,
+                 "--json"]) == 0
+    steps = [sample["steps"] for sample in json.loads(capsys.readouterr().out)["samples"]]
     assert len(set(steps)) > 1 and 4 <= min(steps) and max(steps) <= 12
 
 
@@ -57,7 +59,8 @@ def test_the_fitted_rule_has_the_mean_that_was_asked_for_and_can_be_sampled_with
     ((), "say what to measure"),
     (("--calibrate-steps",), "needs --prompts"),
     (("--calibrate-steps", "--prompts", "/nowhere"), "cannot read /nowhere"),
+    (("--held-out", "data.validation_fraction=0.5"), "some of these samples were trained on"),
 ])
-def test_what_is_missing_is_named_and_nothing_is_written(made, tmp_path, more, message):
-    done = evaluate(made, tmp_path / "out", *more, expect=1 if "/nowhere" in more else 2)
-    assert message in done.stderr and not (tmp_path / "out").exists()
+def test_what_is_missing_is_named_and_nothing_is_written(made, tmp_path, capsys, more, message):
+    assert main(arguments(made, tmp_path / "out", *more)) == (1 if "/nowhere" in more else 2)
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()

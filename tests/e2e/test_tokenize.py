@@ -20,7 +20,7 @@ from grn_scale.data.shards import Dataset
 from grn_scale.data_pipeline import tokenize_clips, verify
 from grn_scale.errors import ConfigError, DoNotRequeue, UserError
 from tests.helpers.clips import caption, write_clip, write_tokenizer
-from tests.helpers.workplace import CLIPS, captions_of, content, stamps
+from tests.helpers.tokenize_setup import CLIPS, captions_of, content, stamps
 
 
 def test_every_clip_gives_the_bits_of_its_frames_and_the_states_of_its_captions(prepared, made):

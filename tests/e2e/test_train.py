@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from grn_scale.checkpoint import load_weights
+from grn_scale.cli import main
 from grn_scale.data.plan import held_out
 from grn_scale.data.shards import Dataset
 from grn_scale.train.metrics import read_metrics
@@ -86,7 +87,7 @@ def test_two_processes_of_one_model_train_validate_and_resume_the_same(dataset, 
 def test_a_ledger_proves_that_an_epoch_took_each_sample_once_over_a_resume(dataset, tmp_path) -> None:
     settings = ("data.ledger=true", "train.validate_every=0")
     grn_scale(*train_arguments(dataset, tmp_path / "run", *settings, "train.steps=6"))
-    grn_scale(*train_arguments(dataset, tmp_path / "run", *settings, "train.steps=12", "--resume", "must"), processes=2)
+    grn_scale(*train_arguments(dataset, tmp_path / "run", *settings, "train.steps=12", "--resume", "must"))
     verify = ("verify", str(dataset / "tokens"), "--ledger", str(tmp_path / "run/ledger.jsonl"), "--json")
     epochs = json.loads(grn_scale(*verify).stdout)["epochs"]
     assert epochs[0]["finished"] and epochs[0]["missing"] == epochs[0]["repeated"] == 0 and epochs[0]["samples"] > 10
@@ -107,6 +108,8 @@ def test_training_starts_from_converted_weights(dataset, undisturbed, tmp_path) 
     assert "starting from the weights" in done.stderr
     rows, before = (read_metrics(folder / "metrics.jsonl") for folder in (tmp_path / "run", undisturbed))
     assert rows[0]["validation_loss"] == pytest.approx(before[8]["validation_loss"], abs=1e-4)
+    done = grn_scale(*train_arguments(dataset, native, "--resume", "auto"), expect=2)
+    assert "holds weights alone" in done.stderr
 
 
 def test_a_corrupt_sample_is_recorded_once_and_more_than_the_limit_end_the_run_for_good(dataset, tmp_path) -> None:
@@ -133,14 +136,20 @@ def test_a_corrupt_sample_is_recorded_once_and_more_than_the_limit_end_the_run_f
     (("train.stepz=3",), 2, "did you mean train.steps"),
     (("data.token_budget=100",), 2, "multiple of 128"),
     (("model.rounds=3",), 2, "model.rounds is 3"),
-    (("--resume", "must"), 1, "checkpoint"),
     (("data.dataset=/nowhere",), 1, "dataset.json"),
     (("output=/dev/null/run",), 1, "output: /dev/null is a file"),
     (("tokenizer.path=small",), 1, "was made by the tokenizer"),
 ])
-def test_what_cannot_run_is_refused_with_one_message_and_no_run_folder(dataset, tmp_path, more, code, message) -> None:
-    done = grn_scale(*train_arguments(dataset, tmp_path / "run", *more), expect=code)
-    assert message in done.stderr and "Traceback" not in done.stderr
+def test_what_cannot_run_is_refused_with_one_message_and_no_run_folder(
+        dataset, tmp_path, capsys, more, code, message) -> None:
+    assert main(train_arguments(dataset, tmp_path / "run", *more)) == code
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_must_have_something_to_resume(dataset, tmp_path) -> None:
+    done = grn_scale(*train_arguments(dataset, tmp_path / "run", "--resume", "must"), expect=1)
+    assert "no checkpoint" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
 
 

@@ -12,7 +12,7 @@ from grn_scale.data.shards import Dataset
 from grn_scale.data_pipeline import verify
 from grn_scale.errors import ConfigError, UserError
 from tests.helpers.clips import write_manifest, write_tokenizer
-from tests.helpers.workplace import content, flip_byte
+from tests.helpers.tokenize_setup import content, flip_byte
 
 
 def test_verify_passes_a_sound_dataset_and_decodes_samples(prepared, made, capsys):

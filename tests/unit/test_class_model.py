@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from grn_scale.checkpoint.checkpoint import save_checkpoint
 from grn_scale.checkpoint.chunks import whole
 from grn_scale.class_to_image import ClassGRN, ClassModelConfig, build_model, load_model, save_model
-from grn_scale.class_to_image.config import ClassConfig
 from grn_scale.class_to_image.load import OFFICIAL_PREFIX, from_official, infer_config, to_official, with_weights
 from grn_scale.class_to_image.positions import rotary_tables
 from grn_scale.config import load_config
+from grn_scale.config.class_schema import ClassConfig
 from grn_scale.config.load import to_dict
 from grn_scale.errors import ConfigError, UserError
 
@@ -286,3 +286,15 @@ def test_missing_and_foreign_files_are_refused(tmp_path):
     (tmp_path / "model" / "model.safetensors").write_bytes(b"\x00" * 40)
     with pytest.raises(UserError, match="model.safetensors"):
         load_model(tmp_path / "model", SMALL)
+
+
+@pytest.mark.parametrize(("name", "shape"), [
+    ("pos_embed", (4, 4)), ("x_embedder.proj1.weight", (8,)), ("blocks.0.attn.q_norm.weight", (0,)),
+    ("blocks.0.mlp.w3.weight", (8,)), ("y_embedder.embedding_table.weight", (3,)), ("in_context_posemb", (2,))])
+def test_a_file_with_a_misshapen_tensor_is_refused_by_name(tmp_path, name, shape):
+    from safetensors.torch import save_file
+
+    weights = {key: value.contiguous() for key, value in build_model(SMALL).state_dict().items()}
+    save_file(weights | {name: torch.zeros(shape)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=name.replace(".", r"\.")):
+        load_model(tmp_path / "model.safetensors")

@@ -159,12 +159,12 @@ def test_a_finished_image_leaves_the_batch():
         assert torch.equal(alone.labels[0], result.labels[n]) and alone.steps[0] == steps[n]
 
 
-def test_few_steps_lower_the_temperature_where_asked_for():
-    settings = ClassSamplingSettings(steps=50, temperature=2.0, adaptive=AdaptiveConfig(temperature_factor=True))
+def test_few_steps_lower_the_temperature():
+    settings = ClassSamplingSettings(steps=50, temperature=2.0, adaptive=AdaptiveConfig())
     after = torch.tensor([10, 20, 30, 45])
     assert settings.temperatures(4, after).tolist() == [2.0] * 4
     assert settings.temperatures(5, after).tolist() == [1.0, 1.5, 2.0, 2.0]
-    plain = dataclasses.replace(settings, adaptive=AdaptiveConfig())
+    plain = dataclasses.replace(settings, adaptive=None)
     assert plain.temperatures(5, after).tolist() == [2.0] * 4
 
 

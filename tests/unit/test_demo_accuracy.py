@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from grn_scale.demo import accuracy, shapes
+from grn_scale.demo import accuracy, compare, shapes
 from grn_scale.demo.accuracy import prompts, sample_and_detect, score
-from grn_scale.errors import ConfigError
+from grn_scale.errors import ConfigError, UserError
 from grn_scale.tokenizer.clips import psnr
 
 
@@ -72,3 +72,19 @@ def test_psnr_of_a_known_error():
     truth = np.zeros((2, 4, 4, 3), np.uint8)
     assert psnr(truth + 1, truth) == pytest.approx(48.13, abs=0.01)
     assert psnr(truth, truth) == float("inf")
+
+
+def clips(*rows):
+    return {(prompt, draw): {"color": color, "direction": direction, "steps": steps}
+            for prompt, draw, color, direction, steps in rows}
+
+
+def test_two_measurements_are_compared_clip_by_clip():
+    first = clips(("a", 0, True, True, 20), ("a", 1, False, True, 20), ("b", 2, True, False, 20))
+    second = clips(("a", 0, True, True, 8), ("a", 1, True, True, 10), ("b", 2, True, True, 12))
+    found = compare.compare(first, second)
+    assert found["steps"] == [20, 10] and found["clips"] == 3 and found["prompts"] == 2
+    assert found["color"]["correct"] == [2, 3] and found["color"]["difference"] == 0.25
+    assert found["direction"]["interval_95"][0] < 0.5 < found["direction"]["interval_95"][1]
+    with pytest.raises(UserError, match="same prompts and draws"):
+        compare.compare(first, clips(("a", 0, True, True, 8)))

@@ -58,6 +58,11 @@ class ClassModelConfig(LabelledShape):
         return int(int(self.mlp_ratio * self.hidden_size) * 2 / 3)
 
     @property
+    def task_tags(self) -> bool:
+        """No text is read, so none is tagged."""
+        return False
+
+    @property
     def null_class(self) -> int:
         """Class id that stands for no class."""
         return self.num_classes
@@ -84,3 +89,7 @@ class ClassConfig(Config):
                     f"parallel: parallel.{name}=1")
         require(self.parallel.recompute == "none", f"parallel.recompute is {self.parallel.recompute}, but a "
                 "class-to-image model keeps its activations: parallel.recompute=none")
+
+
+SCHEMAS = (Config, ClassConfig)
+"""Of commands that work for both kinds of model; the keys given tell which one it is."""

@@ -11,7 +11,7 @@ from tests.helpers.clips import caption, write_clip, write_manifest, write_text_
 CLIPS = 8
 
 
-class Workplace:
+class TokenizeSetup:
     """Clips, manifest, tokenizer and text encoder in one folder, and the command over them."""
 
     def __init__(self, root: Path):
