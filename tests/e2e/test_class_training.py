@@ -9,6 +9,7 @@ import torch
 
 from grn_scale.checkpoint import load_weights
 from grn_scale.class_to_image import ClassSamplingSettings, generate, load_model
+from grn_scale.cli import main
 from grn_scale.train.metrics import read_metrics
 from tests.helpers.clips import write_clip, write_manifest, write_text_encoder, write_tokenizer
 from tests.helpers.jobs import grn_scale
@@ -51,7 +52,8 @@ def test_a_class_model_trains_resumes_exactly_and_samples(dataset, tmp_path):
     images = generate(load_model(tmp_path / "a", ema=True), [0, 1, 2], ClassSamplingSettings(steps=4))
     assert images.labels.shape == (3, 4, 2, 2)
     for form, output in (("official", tmp_path / "a.pth"), ("hf", tmp_path / "hf")):
-        grn_scale("convert", "--input", str(tmp_path / "a"), "--from", "native", "--to", form, "--output", str(output))
+        assert main(["convert", "--input", str(tmp_path / "a"), "--from", "native", "--to", form, "--output",
+                     str(output)]) == 0
     again = generate(load_model(tmp_path / "hf"), [0, 1, 2], ClassSamplingSettings(steps=4))
     assert torch.equal(again.labels, images.labels)
     text = ("model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "model.text_hidden_size=64")
