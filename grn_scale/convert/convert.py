@@ -224,7 +224,7 @@ def _finished(output: Path):
             os.rename(partial, output)
         except BaseException:  # whatever ends the conversion, also Ctrl-C: nothing half-written may stay
             if partial.is_dir():
-                shutil.rmtree(partial)
+                shutil.rmtree(partial)  # ours: it did not exist above
             else:
                 partial.unlink(missing_ok=True)
             raise

@@ -118,7 +118,7 @@ def open_torch_file(path: Path) -> TorchFile:
     try:
         with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
             records = _check_archive(path, archive, file)
-    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, RuntimeError) as error:
+    except (OSError, zipfile.BadZipFile, ValueError, EOFError, RuntimeError) as error:  # encrypted, unknown codec
         raise UserError(f"{path} is truncated or damaged: {error}; get the file again") from error
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):

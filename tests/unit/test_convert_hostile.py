@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from grn_scale.cli import main
 from grn_scale.convert import torch_file
+from grn_scale.errors import UserError
 from tests.unit.test_convert import state_of
 
 GOOD = b"\x80\x02}."
@@ -235,3 +236,17 @@ def test_shapes_that_no_tokenizer_has_are_refused(capsys):
         torch.save({name: torch.zeros(shape) for name in names}, "tok.ckpt")
         assert main(["convert", "--input", "tok.ckpt", "--from", "official", "--to", "native", "--output", "out"]) == 1
         assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_an_encrypted_record_is_refused_in_one_message(tmp_path):
+    path = tmp_path / "locked.pth"
+    torch.save({"word_embed.weight": torch.zeros(2)}, path)
+    data = bytearray(path.read_bytes())
+    for mark, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # each record's own header, and the directory's
+        start = data.find(mark)
+        while start >= 0:
+            data[start + flags] |= 1
+            start = data.find(mark, start + 4)
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="locked.pth is truncated or damaged"):
+        torch_file.open_torch_file(path)
