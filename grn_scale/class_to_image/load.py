@@ -23,6 +23,8 @@ from grn_scale.errors import ConfigError, UserError
 OFFICIAL_PREFIX = "net."
 """In front of every name in official files, whose models are wrapped once more."""
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+RAW_WEIGHTS_FILE = "model_raw.safetensors"
+"""Beside WEIGHTS_FILE, which then holds their moving average, in a folder that `grn-scale convert` wrote."""
 KIND = "class_to_image"
 OFFICIAL_STARTS = {768: 4, 1024: 8, 1280: 10, 1664: 10}
 """Width of an official size (B, L, H, G) -> its in_context_start, which no tensor shows."""

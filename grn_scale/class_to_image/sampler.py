@@ -19,8 +19,10 @@ from dataclasses import dataclass
 import torch
 
 from grn_scale import keyed
+from grn_scale.class_to_image.guidance import Prediction, predict
 from grn_scale.class_to_image.model import ClassGRN
-from grn_scale.class_to_image.schedule import ClassSamplingSettings
+from grn_scale.class_to_image.schedule import Schedule
+from grn_scale.config.class_schema import ClassSamplingSettings
 from grn_scale.errors import UserError
 from grn_scale.sampling.choice import WORDS, choose, probabilities, relative_entropy
 from grn_scale.sampling.trace import Draws, Trace, batched
@@ -44,10 +46,34 @@ class ClassSamples:
     """With record=True the values of every step (see `generate`), else empty."""
 
 
+@dataclass(frozen=True, eq=False)
+class ImageMaps:
+    """The images under way after one step, as an observer sees them (see `sampling.sampler.StepMaps`)."""
+
+    step: int
+    samples: tuple[int, ...]
+    """Places in the call's list of class ids."""
+    shares: tuple[float, ...]
+    """Signal level of each image's mixed map."""
+    ended: frozenset[int]
+    """Those of `samples` for which this was the last step."""
+    _predicted: torch.Tensor
+    _mixed: torch.Tensor
+    _grid: int
+
+    def predictions(self) -> list[torch.Tensor]:
+        """uint8 [D, 1, h, w] of each image: y, this step's prediction."""
+        return list(_pictures(self._predicted, self._grid).unsqueeze(2))
+
+    def mixed(self) -> list[torch.Tensor]:
+        """uint8 [D, 1, h, w] of each image: x, predictions and noise; after the last step the image itself."""
+        return list(_pictures(self._mixed, self._grid).unsqueeze(2))
+
+
 def generate(model: ClassGRN, class_ids: Sequence[int], settings: ClassSamplingSettings, *,
              draws: Mapping[str, torch.Tensor | Sequence[torch.Tensor]] | None = None, record: bool = False,
              seed: int = 0, first_draw: int = 0, max_images: int = MAX_IMAGES,
-             observe: Callable[[int, tuple[int, ...]], None] | None = None) -> ClassSamples:
+             observe: Callable[[ImageMaps], None] | None = None) -> ClassSamples:
     """Sample an image of each class id with the model, on its device and in its precision.
 
     draws: replaces the random numbers; initial_labels uint8 [images, D, h, w], sampled_labels and use_predict_mask
@@ -57,8 +83,7 @@ def generate(model: ClassGRN, class_ids: Sequence[int], settings: ClassSamplingS
     different numbers of steps: t, t_next, tau, cfg_used, entropy, cond_logits and uncond_logits [K, D, h, w], probs
     [D, h, w, K], sampled_labels, use_predict_mask, labels_in, labels_out; and [images, ...]: labels (the class ids),
     initial_labels, final, and with complexity-aware sampling decision_entropy, raw_dynamic_steps, dynamic_steps.
-    max_images: longer lists are sampled in parts. observe: called after every step with its number and the places in
-    the list that took it.
+    max_images: longer lists are sampled in parts. observe: called after every step.
     Raises UserError for a class id that the model does not know.
     """
     for n in class_ids:
@@ -105,24 +130,13 @@ class _Batch:
                       self.times[rows], self.after[rows])
 
 
-@dataclass(frozen=True)
-class _Prediction:
-    scores: torch.Tensor
-    """After guidance, [P, D, K] or [P, D]."""
-    conditional: torch.Tensor
-    """Scores without guidance."""
-    hidden: torch.Tensor
-    """[P, C] of the conditional branch, then of the unconditional one of the guided images."""
-
-
 class _Run:
     """Images sampled together, from noise to the end."""
 
     def __init__(self, model: ClassGRN, settings: ClassSamplingSettings, seed: int, first_draw: int,
-                 draws: Draws | None, trace: _ImageTrace | None,
-                 observe: Callable[[int, tuple[int, ...]], None] | None) -> None:
-        self.model, self.settings, self.draws, self.trace, self.observe = model, settings, draws, trace, observe
-        self.seed, self.first_draw = seed, first_draw
+                 draws: Draws | None, trace: _ImageTrace | None, observe: Callable[[ImageMaps], None] | None) -> None:
+        self.model, self.schedule, self.seed, self.first_draw = model, Schedule(settings), seed, first_draw
+        self.draws, self.trace, self.observe = draws, trace, observe
         config = model.config
         self.tokens, self.channels, self.classes = config.tokens, config.label_channels, config.classes
         self.counter = torch.arange(self.tokens * self.channels, device=model.device).view(self.tokens, self.channels)
@@ -131,11 +145,13 @@ class _Run:
         """(labels uint8 [D, h, w] on the CPU, steps taken) of each member, in their order."""
         batch = self._start(class_ids, members)
         done: dict[int, tuple[torch.Tensor, int]] = {}
-        for step in range(self.settings.steps):
-            self._step(batch, step)
+        for step in range(self.schedule.steps):
+            predicted = self._step(batch, step)
+            ended = self.schedule.ended(step, batch.times)
             if self.observe is not None:
-                self.observe(step, tuple(batch.members.tolist()))
-            ended = self.settings.ended(step, batch.times)
+                self.observe(ImageMaps(step, tuple(batch.members.tolist()), tuple(batch.times.tolist()),
+                                       frozenset(batch.members[ended].tolist()), predicted, batch.mixed,
+                                       self.model.config.grid))
             for row in ended.nonzero()[:, 0].tolist():
                 n = int(batch.members[row])
                 done[n] = (self._picture(batch.mixed[row]).cpu(), step + 1)
@@ -161,25 +177,27 @@ class _Run:
             random = self._random(places, "sample noise")
             noise = (random >> (32 - self.classes.bit_length() + 1)).to(torch.uint8)
         classes = torch.tensor([class_ids[n] for n in members], device=device)
-        rule = self.settings.adaptive
-        most = self.settings.steps - (rule.wp if rule else 0)
+        rule = self.schedule.rule
+        most = self.schedule.steps - (rule.wp if rule else 0)
         if self.trace:
             for row, n in enumerate(members):
                 self.trace.add("labels", n, classes[row])
                 self.trace.add("initial_labels", n, self._picture(noise[row]))
         return _Batch(places, classes, noise, noise, torch.zeros(len(members)), torch.full((len(members),), most))
 
-    def _step(self, batch: _Batch, step: int) -> None:
-        """One step of every image; the batch's mixed map and times become those after it."""
-        settings, rule = self.settings, self.settings.adaptive
-        guidance = settings.guidances(batch.times)
-        prediction = self._predict(batch, guidance)
+    def _step(self, batch: _Batch, step: int) -> torch.Tensor:
+        """The prediction, uint8 [B, N, D], of one step of every image; the batch's mixed map and times become those
+        after it."""
+        schedule, rule = self.schedule, self.schedule.rule
+        guidance = schedule.guidances(batch.times)
+        prediction = predict(self.model, self._picture(batch.mixed), batch.times, batch.classes, guidance,
+                             always_both=self.trace is not None)
         entropy = None
         if self.trace or (rule and step == rule.wp):
             entropy = relative_entropy(prediction.conditional).double().view(len(batch.members), -1).mean(dim=1).cpu()
         if rule and step == rule.wp:
             self._decide(batch, entropy)
-        times, temperature = settings.next_times(step, batch.after), settings.temperatures(step, batch.after)
+        times, temperature = schedule.next_times(step, batch.after), schedule.temperatures(step, batch.after)
         temperature_P = temperature.repeat_interleave(self.tokens).to(batch.mixed.device)
         if self.draws:
             predicted, mask = self._given(batch, "sampled_labels", step), self._given(batch, "use_predict_mask", step)
@@ -193,34 +211,14 @@ class _Run:
         batch.mixed, batch.times = torch.where(mask, predicted, batch.noise), times
         if self.trace:
             self._record(batch, fed, prediction, predicted, mask, guidance, temperature, entropy)
-
-    def _predict(self, batch: _Batch, guidance: torch.Tensor) -> _Prediction:
-        """Both branches in one call; an image whose guidance is 1 has no unconditional one, unless it is recorded."""
-        device = batch.mixed.device
-        guided = torch.arange(len(guidance)) if self.trace else (guidance != 1).nonzero()[:, 0]
-        rows = guided.to(device)
-        labels = self._picture(torch.cat((batch.mixed, batch.mixed[rows])))
-        times = torch.cat((batch.times, batch.times[guided])).to(device)
-        nothing = torch.full((len(guided),), self.model.config.null_class, device=device)
-        hidden = self.model.hidden(labels, times, torch.cat((batch.classes, nothing)))
-        scores = self.model.final_layer.scores(hidden)
-        count = len(batch.members) * self.tokens
-        conditional = scores[:count]
-        if not len(guided):
-            return _Prediction(conditional, conditional, hidden)
-        asked = conditional.unflatten(0, (-1, self.tokens))
-        weight = guidance[guided].to(device).view(-1, *[1] * (asked.dim() - 1))
-        unconditional = scores[count:].unflatten(0, (-1, self.tokens))
-        # At weight 1 the formula gives the conditional scores up to rounding only.
-        mixed = torch.where(weight == 1, asked[rows], unconditional + weight * (asked[rows] - unconditional))
-        return _Prediction(asked.index_copy(0, rows, mixed).flatten(0, 1), conditional, hidden)
+        return predicted
 
     def _decide(self, batch: _Batch, entropy: torch.Tensor) -> None:
         values = entropy.tolist()
-        batch.after = torch.tensor([self.settings.after(value) for value in values])
+        batch.after = torch.tensor([self.schedule.after(value) for value in values])
         if self.trace:
             for n, value, after in zip(batch.members.tolist(), values, batch.after.tolist()):
-                for name, number in zip(DECISIONS, (value, self.settings.raw_steps(value), after)):
+                for name, number in zip(DECISIONS, (value, self.schedule.raw_steps(value), after)):
                     self.trace.add(name, n, torch.tensor(number, dtype=torch.float32))
 
     def _random(self, members: torch.Tensor, purpose: str, *key: int) -> torch.Tensor:
@@ -234,9 +232,9 @@ class _Run:
 
     def _picture(self, labels: torch.Tensor) -> torch.Tensor:
         """[..., D, h, w] of [..., N, D]"""
-        return labels.transpose(-1, -2).unflatten(-1, (self.model.config.grid, -1))
+        return _pictures(labels, self.model.config.grid)
 
-    def _record(self, batch: _Batch, fed: tuple[torch.Tensor, torch.Tensor], prediction: _Prediction,
+    def _record(self, batch: _Batch, fed: tuple[torch.Tensor, torch.Tensor], prediction: Prediction,
                 predicted: torch.Tensor, mask: torch.Tensor, guidance: torch.Tensor, temperature: torch.Tensor,
                 entropy: torch.Tensor) -> None:
         logits = self.model.final_layer.logits(prediction.hidden).unflatten(0, (-1, self.tokens))
@@ -252,6 +250,11 @@ class _Run:
         for row, n in enumerate(batch.members.tolist()):
             for name, value in values.items():
                 self.trace.add(name, n, value[row])
+
+
+def _pictures(labels: torch.Tensor, grid: int) -> torch.Tensor:
+    """[..., D, h, w] of [..., N, D]"""
+    return labels.transpose(-1, -2).unflatten(-1, (grid, -1))
 
 
 class _ImageTrace(Trace):

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from grn_scale.config.schema import Config, LabelledShape, NoiseConfig, require, require_choice, require_positive
+from grn_scale.config.schema import (
+    AdaptiveConfig,
+    Config,
+    LabelledShape,
+    NoiseConfig,
+    require,
+    require_choice,
+    require_positive,
+)
 
 
 @dataclass(frozen=True)
@@ -74,12 +82,53 @@ class ClassModelConfig(LabelledShape):
 
 
 @dataclass(frozen=True)
+class ClassAdaptiveConfig(AdaptiveConfig):
+    """Complexity-aware sampling of images: the most steps are sampling.steps, and few steps lower the temperature
+    unless told otherwise, as in the reference."""
+
+    temperature_factor: bool = True
+
+
+@dataclass(frozen=True)
+class ClassSamplingSettings:
+    """How an image comes out of noise (GRN reference, section 7): a run file's section, and what `generate` takes.
+    ConfigError where a number is impossible."""
+
+    steps: int = 50
+    """Steps of every sample; with `adaptive` the most that one takes."""
+    schedule: str = "linear"
+    """Signal level after step i of n: linear i/n, or cosine 1 - cos(pi/2 * i/n)."""
+    guidance: float = 2.35
+    """Scores are unconditional + guidance * (conditional - unconditional); 1 is no guidance."""
+    guidance_low: float = 0.44
+    """Guidance acts at signal levels above this; 0: from the beginning. Below 0 it acts everywhere and grows: with
+    weight 1 + guidance * (1 - cos(pi * t^(-guidance_low))) / 2."""
+    guidance_high: float = 1.0
+    """Guidance acts at signal levels below this (unless guidance_low is below 0)."""
+    temperature: float = 1.31
+    adaptive: ClassAdaptiveConfig = field(default_factory=ClassAdaptiveConfig)
+
+    def __post_init__(self) -> None:
+        require_choice("sampling.schedule", self.schedule, ("linear", "cosine"))
+        require_positive("sampling", steps=self.steps, temperature=self.temperature)
+        require(self.guidance >= 0, f"sampling.guidance is {self.guidance}, but must not be negative")
+        rule = self.adaptive
+        require(not rule.enabled or self.schedule == "linear",
+                f"sampling.schedule is {self.schedule}, but complexity-aware sampling is defined for linear alone: "
+                "sampling.schedule=linear, or sampling.adaptive.enabled=false")
+        require(not rule.enabled or rule.tmin <= self.steps,
+                f"sampling.steps is {self.steps}, but the fewest steps of complexity-aware sampling "
+                f"(sampling.adaptive.tmin) are {rule.tmin}: raise steps, or lower tmin")
+
+
+@dataclass(frozen=True)
 class ClassConfig(Config):
     """A run file whose model is a class-to-image GRN. `data.caption_drop` is the probability that a draw goes without
     its class; `text` and `data.i2v_share` have no effect, and the model is cut nowhere."""
 
     model: ClassModelConfig = field(default_factory=ClassModelConfig)
     noise: NoiseConfig = field(default_factory=lambda: NoiseConfig(mean=-0.8, sigma=0.8))
+    sampling: ClassSamplingSettings = field(default_factory=ClassSamplingSettings)
 
     def __post_init__(self) -> None:
         super().__post_init__()

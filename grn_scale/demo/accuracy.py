@@ -15,7 +15,9 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,6 @@ RESULT = "accuracy.json"
 SHEET = "contact_sheet.png"
 CLIPS = "clips.jsonl"
 """One line a clip: prompt, draw, refinement steps, and whether colour and direction are right."""
-BATCH_CLIPS = 64
 SHEET_PROMPTS, SHEET_COLUMNS = 64, 8
 SHEET_TITLE = ("Prompts held out of training, one clip of each. In brackets: what the detector saw instead of what was "
                "asked.")
@@ -96,32 +97,45 @@ class Sampler:
     config: Config
     steps: list[int] = field(default_factory=list)
     """Steps of each clip made so far."""
+    seconds: list[float] = field(default_factory=list)
+    """Wall time of each call's refinement steps; text encoding and decoding left out."""
 
-    def __call__(self, captions: Sequence[str], first_draw: int) -> Iterator[np.ndarray]:
-        """uint8 frames [T, height, width, 3] of each caption; clip b is sample number first_draw + b of the seed."""
+    def __call__(self, captions: Sequence[str]) -> Iterator[np.ndarray]:
+        """uint8 frames [T, height, width, 3] of each caption; clip b is sample number b of the seed."""
         square = bucket(1.0, self.config.tokenize.latent_side)
         conditions = self.pipeline.conditions(captions, frames=self.config.tokenize.max_frames, height=square.height,
                                               width=square.width, ratio_key=square.ratio_key)
-        generated = self.pipeline.generate(conditions, self.pipeline.settings(self.config.sampling),
-                                           seed=self.config.seed, first_draw=first_draw)
+        begin = time.perf_counter()
+        with _bar("sampling", len(captions)) as advance:
+            generated = self.pipeline.generate(conditions, self.pipeline.settings(self.config.sampling),
+                                               seed=self.config.seed, observe=lambda maps: advance(len(maps.ended)))
+        self.seconds.append(time.perf_counter() - begin)
         self.steps.extend(generated.steps)
         return self.pipeline.decode(generated)
 
 
-def sample_and_detect(make: Callable[[Sequence[str], int], Iterable[np.ndarray]], asked: Sequence[Attributes],
+def sample_and_detect(make: Callable[[Sequence[str]], Iterable[np.ndarray]], asked: Sequence[Attributes],
                       ) -> Iterator[tuple[np.ndarray, Detection]]:
-    """Each asked clip with what the detector sees in it; a progress bar runs meanwhile."""
+    """Each asked clip with what the detector sees in it; a progress bar runs meanwhile.
+
+    make: turns all captions into clips, in their order.
+    """
+    clips = make([attributes.caption for attributes in asked])
+    with _bar("decoding and detecting", len(asked)) as advance:
+        for clip in clips:
+            yield clip, detect(clip)
+            advance(1)
+
+
+@contextmanager
+def _bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr while the block runs; yields what advances it."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
-    with Progress("sampling and detecting", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                  TimeRemainingColumn(), console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=len(asked))
-        for first in range(0, len(asked), BATCH_CLIPS):
-            batch = asked[first:first + BATCH_CLIPS]
-            for clip in make([attributes.caption for attributes in batch], first):
-                yield clip, detect(clip)
-            bar.advance(task, len(batch))
+    with Progress(name, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+                  console=Console(stderr=True)) as bar:
+        yield partial(bar.advance, bar.add_task("", total=total))
 
 
 def _label(asked: Attributes, seen: Detection) -> str:
@@ -156,6 +170,7 @@ def main(argv: list[str]) -> int:
     result = {"checkpoint": str(source.checkpoint), "weights": weights,
               "sampling": dataclasses.asdict(config.sampling), "seed": config.seed, "prompts": len(chosen),
               "seeds": options.seeds, "seconds": round(time.perf_counter() - begin, 2),
+              "sampling_seconds": round(sum(sampler.seconds), 2),
               "steps": spread_of(sampler.steps), **score(asked, [seen for _, seen in results])}
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)

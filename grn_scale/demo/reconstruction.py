@@ -13,31 +13,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from grn_scale.atomic import write_json
 from grn_scale.command_line import CommandParser, run, start_logging
 from grn_scale.config.check import check_set
 from grn_scale.config.schema import Config
-from grn_scale.data.decode import DecodeError, DecodeRequest, decode_clip
+from grn_scale.data.decode import DecodeError
 from grn_scale.data.manifest import Clip, load_manifest
 from grn_scale.errors import ConfigError, UserError
-from grn_scale.hbq import dequantize_bits, quantize_bits
+from grn_scale.evaluation.clips import decode_as_tokenized
+from grn_scale.evaluation.quality import quality
 from grn_scale.tokenizer import load_tokenizer
-from grn_scale.tokenizer.clips import psnr, to_frames, to_video
 from grn_scale.tokenizer.video import VideoTokenizer
 
 RESULT = "reconstruction.json"
-
-
-@torch.inference_mode()
-def reconstruct(tokenizer: VideoTokenizer, frames: np.ndarray, rounds: int) -> np.ndarray:
-    """uint8 frames [T, height, width, 3] as they come back from `rounds` rounds of HBQ."""
-    device = next(tokenizer.parameters()).device
-    video = to_video(frames[None]).to(device)
-    decoded = tokenizer.decode(dequantize_bits(quantize_bits(tokenizer.encode(video).float(), rounds), rounds))
-    return to_frames(decoded)[0]
 
 
 def measure(clips: Sequence[Clip], config: Config, tokenizer: VideoTokenizer, name: str) -> dict[str, Any]:
@@ -48,15 +38,13 @@ def measure(clips: Sequence[Clip], config: Config, tokenizer: VideoTokenizer, na
     from rich.console import Console
     from rich.progress import track
 
-    settings, values, shapes, last = config.tokenize, [], set(), None
-    for clip in track(clips, f"reconstructing {name}", console=Console(stderr=True)):
-        try:
-            truth = decode_clip(DecodeRequest(str(clip.path), settings.fps, settings.max_frames, clip.begin_frame,
-                                              clip.end_frame, latent_side=settings.latent_side)).frames
-        except DecodeError as error:
-            last = error
+    values, shapes, last = [], set(), None
+    decoded = decode_as_tokenized(clips, config.tokenize)
+    for _, truth in track(decoded, f"reconstructing {name}", total=len(clips), console=Console(stderr=True)):
+        if isinstance(truth, DecodeError):
+            last = truth
             continue
-        values.append(psnr(reconstruct(tokenizer, truth, config.model.rounds), truth))
+        values.append(quality(tokenizer, truth, config.model.rounds).psnr_db)
         shapes.add(truth.shape[:3])
     if not values:
         raise UserError(f"none of the {len(clips)} clips of {name} can be decoded; the last said: {last}")

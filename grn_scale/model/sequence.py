@@ -1,15 +1,17 @@
 """Where every token of a pack stands in the packed sequence, and who attends to whom.
 
 Layout v2: visual, text and noise-level token of a sample stand together and all see each other. Layout v1:
-visual tokens and level see visual, level and text of their sample; text sees text only. Rows are ordered so
-that samples of equal length are neighbours: attention then runs as a few batched calls on slices. The order
-has no influence on any result, because positions are explicit and samples never see each other.
+visual tokens and level see visual, level and text of their sample; text sees text only, so its keys and values
+are the same at every noise level: `lay_out_texts` and `lay_out_beside_texts` are the two parts of such a pack. Rows
+are ordered so that samples of equal length are neighbours: attention then runs as a few batched calls on slices.
+The order has no influence on any result, because positions are explicit and samples never see each other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import groupby
 
 import torch
@@ -46,7 +48,8 @@ class AttentionGroup:
     count: int
     length: int
     keys: torch.Tensor | None
-    """int64 [count * key length] rows of the keys and values; None: the same rows as the queries."""
+    """int64 [count * key length] rows of the keys and values; None: the same rows as the queries. Rows from the
+    sequence's length on are those of texts beside it (see `lay_out_beside_texts`)."""
 
     @property
     def stop(self) -> int:
@@ -99,74 +102,146 @@ def lay_out(grids: Sequence[Grid], layout: str, head_size: int, length: int | No
 
     Raises ValueError where the samples do not fit (packs are planned to fit).
     """
-    visual_start, text_start, level_row = {}, {}, {}
-    groups: list[AttentionGroup] = []
-    row = 0
+    places = _together(grids) if layout == "v2" else _apart(grids)
+    if length is None:
+        length = places.rows
+    if places.rows > length:
+        raise ValueError(f"samples of {places.rows} tokens do not fit a sequence of {length}")
+    return _sequence(grids, places, head_size, length)
+
+
+def lay_out_texts(lengths: Sequence[int], head_size: int) -> SequenceLayout:
+    """Layout v1's text rows alone: texts of these lengths, each of which sees itself."""
+    starts, groups = _place_texts(lengths, 0)
+    grids = [Grid((0, 0, 0), 1.0, length) for length in lengths]
+    places = _Places(sum(lengths), [0] * len(grids), starts, [], groups)
+    return _sequence(grids, places, head_size, places.rows)
+
+
+def lay_out_beside_texts(grids: Sequence[Grid], text_starts: Sequence[int], head_size: int) -> SequenceLayout:
+    """Layout v1's visual and level rows alone, which see each other and the text of their sample.
+
+    The keys and values of the texts stand behind those of the sequence, the text of sample i from row text_starts[i]
+    of them on; samples may share one. The layout itself has no text rows.
+    """
+    starts, runs, rows = _place_visuals(grids)
+    levels = [start + grid.visual_tokens for start, grid in zip(starts, grids)]
+    groups = _visual_groups(grids, starts, [rows + start for start in text_starts], runs)
+    return _sequence([replace(grid, text_tokens=0) for grid in grids],
+                     _Places(rows, starts, [rows] * len(grids), levels, groups), head_size, rows)
+
+
+def ranges(starts: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
+    """int64: counts[i] consecutive numbers from starts[i] on, for each i in turn."""
+    start, count = torch.tensor(starts, dtype=torch.int64), torch.tensor(counts, dtype=torch.int64)
+    shift = start - (count.cumsum(0) - count)
+    return torch.arange(int(count.sum())) + shift.repeat_interleave(count)
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Rows that are taken, the first row of each sample's parts, and who attends to whom."""
+
+    rows: int
+    visual: list[int]
+    text: list[int]
+    level: list[int]
+    """Empty where the sequence has texts only."""
+    groups: list[AttentionGroup]
+    """In the order of their rows."""
+
+
+def _together(grids: Sequence[Grid]) -> _Places:
+    """Layout v2: visual, text, level of one sample after the other."""
+    tokens = [grid.visual_tokens + grid.text_tokens + 1 for grid in grids]
+    order = sorted(range(len(grids)), key=lambda i: (tokens[i], grids[i].visual_tokens))
+    visual, groups, row = [0] * len(grids), [], 0
+    for length, members in groupby(order, key=lambda i: tokens[i]):
+        start = row
+        for i in members:
+            visual[i] = row
+            row += length
+        groups.append(AttentionGroup(start, (row - start) // length, length, None))
+    text = [start + grid.visual_tokens for start, grid in zip(visual, grids)]
+    level = [start + count - 1 for start, count in zip(visual, tokens)]
+    return _Places(row, visual, text, level, groups)
+
+
+def _apart(grids: Sequence[Grid]) -> _Places:
+    """Layout v1: visual tokens and level of one sample after the other, then the texts."""
+    visual, runs, row = _place_visuals(grids)
+    text, text_groups = _place_texts([grid.text_tokens for grid in grids], row)
+    level = [start + grid.visual_tokens for start, grid in zip(visual, grids)]
+    rows = row + sum(grid.text_tokens for grid in grids)
+    return _Places(rows, visual, text, level, _visual_groups(grids, visual, text, runs) + text_groups)
+
+
+def _place_visuals(grids: Sequence[Grid]) -> tuple[list[int], list[list[int]], int]:
+    """Layout v1: the first visual row of each sample, the samples of equal shape in their order, and the rows taken."""
 
     def shape(i: int) -> tuple[int, int]:
         return grids[i].visual_tokens, grids[i].text_tokens
 
-    order = sorted(range(len(grids)), key=lambda i: (sum(shape(i)), shape(i)))
-    if layout == "v2":
-        for tokens, members in groupby(order, key=lambda i: sum(shape(i)) + 1):
-            members, start = list(members), row
-            for i in members:
-                visual_start[i], text_start[i] = row, row + grids[i].visual_tokens
-                row += tokens
-                level_row[i] = row - 1
-            groups.append(AttentionGroup(start, len(members), tokens, None))
-    else:
-        runs = [(pair, list(members)) for pair, members in groupby(sorted(order, key=shape), key=shape)]
-        for (visual, _), members in runs:
-            for i in members:
-                visual_start[i], level_row[i] = row, row + visual
-                row += visual + 1
-        by_text = sorted(order, key=lambda i: grids[i].text_tokens)
-        text_groups = []
-        for text, members in groupby(by_text, key=lambda i: grids[i].text_tokens):
-            members, start = list(members), row
-            for i in members:
-                text_start[i] = row
-                row += text
-            text_groups.append(AttentionGroup(start, len(members), text, None))
-        for (visual, text), members in runs:
-            keys = torch.cat([torch.cat((torch.arange(visual_start[i], visual_start[i] + visual + 1),
-                                         torch.arange(text_start[i], text_start[i] + text))) for i in members])
-            groups.append(AttentionGroup(visual_start[members[0]], len(members), visual + 1, keys))
-        groups += text_groups
-    if length is None:
-        length = row
-    if row > length:
-        raise ValueError(f"samples of {row} tokens do not fit a sequence of {length}")
+    runs = [list(members) for _, members in groupby(sorted(range(len(grids)), key=shape), key=shape)]
+    starts, row = [0] * len(grids), 0
+    for i in (i for members in runs for i in members):
+        starts[i] = row
+        row += grids[i].visual_tokens + 1
+    return starts, runs, row
+
+
+def _place_texts(lengths: Sequence[int], row: int) -> tuple[list[int], list[AttentionGroup]]:
+    """Layout v1: the first row of each text, from `row` on, and the groups of texts of equal length."""
+    starts, groups = [0] * len(lengths), []
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    for length, members in groupby(order, key=lambda i: lengths[i]):
+        begin = row
+        for i in members:
+            starts[i] = row
+            row += length
+        groups.append(AttentionGroup(begin, (row - begin) // length, length, None))
+    return starts, groups
+
+
+def _visual_groups(grids: Sequence[Grid], visual: Sequence[int], text: Sequence[int],
+                   runs: Sequence[Sequence[int]]) -> list[AttentionGroup]:
+    """Layout v1: visual rows and level of a sample see themselves and its text."""
+    groups = []
+    for members in runs:
+        own, words = grids[members[0]].visual_tokens + 1, grids[members[0]].text_tokens
+        keys = ranges([row for i in members for row in (visual[i], text[i])], [own, words] * len(members))
+        groups.append(AttentionGroup(visual[members[0]], len(members), own, keys))
+    return groups
+
+
+def _sequence(grids: Sequence[Grid], places: _Places, head_size: int, length: int) -> SequenceLayout:
+    """The layout's tensors."""
+    visual = [grid.visual_tokens for grid in grids]
+    frame = [grid.visual_tokens - grid.predicted_tokens for grid in grids]
+    # A given first frame stands behind the frames that are predicted.
+    visual_rows = ranges([row for start, v, f in zip(places.visual, visual, frame) for row in (start + v - f, start)],
+                         [count for v, f in zip(visual, frame) for count in (f, v - f)])
+    words = [grid.text_tokens for grid in grids]
+    text_rows = ranges(places.text, words)
+    level_rows = torch.tensor(places.level, dtype=torch.int64)
+    before = torch.tensor([0, *visual]).cumsum(0).tolist()
 
     positions = torch.zeros(length, 3, dtype=torch.int64)
-    visual_rows, text_rows, samples, indices, predicted = [], [], [], [], []
-    seen = 0
-    for i, grid in enumerate(grids):
-        (t, h, w), visual = grid.thw, grid.visual_tokens
-        first, frame = visual_start[i], h * w
-        rows = torch.arange(first, first + visual)
-        if grid.first_frame:
-            # noisy frames 1.. stand first, the clean frame behind them
-            rows = torch.cat((rows[visual - frame:], rows[:visual - frame]))
-            predicted.append(torch.arange(seen + frame, seen + visual))
-        else:
-            predicted.append(torch.arange(seen, seen + visual))
-        visual_rows.append(rows)
-        positions[rows] = visual_positions(range(t), h, w, grid.ratio_key)
-        text = torch.arange(text_start[i], text_start[i] + grid.text_tokens)
-        text_rows.append(text)
-        positions[text] = time_positions(torch.arange(grid.text_tokens))
-        positions[level_row[i], 0] = LEVEL_TIME
-        samples.append(torch.full((visual,), i))
-        indices.append(torch.arange(visual))
-        seen += visual
+    if sum(visual):
+        positions[visual_rows] = torch.cat([_positions(grid.thw, grid.ratio_key) for grid in grids])
+    positions[text_rows] = time_positions(ranges([0] * len(grids), words))
+    positions[level_rows, 0] = LEVEL_TIME
     cos, sin = rotary_angles(positions, head_size)
     return SequenceLayout(
-        length, _cat(visual_rows), _cat(text_rows),
-        torch.tensor([level_row[i] for i in range(len(grids))], dtype=torch.int64),
-        _cat(samples), _cat(indices), _cat(predicted), cos, sin, tuple(groups))
+        length, visual_rows, text_rows, level_rows,
+        visual_sample=torch.arange(len(grids)).repeat_interleave(torch.tensor(visual, dtype=torch.int64)),
+        visual_index=ranges([0] * len(grids), visual),
+        predicted=ranges([b + f for b, f in zip(before, frame)], [v - f for v, f in zip(visual, frame)]),
+        cos=cos, sin=sin, groups=tuple(places.groups))
 
 
-def _cat(parts: list[torch.Tensor]) -> torch.Tensor:
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+@lru_cache(maxsize=64)
+def _positions(thw: tuple[int, int, int], ratio_key: float) -> torch.Tensor:
+    """Of the visual tokens of a grid; not to be written to. The few grids in use come again and again."""
+    t, h, w = thw
+    return visual_positions(range(t), h, w, ratio_key)

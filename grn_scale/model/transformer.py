@@ -8,8 +8,9 @@ H heads, E head size, F MLP width, D labels a token, K classes a label.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,8 @@ from grn_scale.model.attention import packed_attention
 from grn_scale.model.rope import rotate
 from grn_scale.model.sequence import Grid, SequenceLayout, lay_out
 
+KeyValueHook = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""Takes the keys (turned) and values [S, H, E] of one layer's rows and gives those that are attended to."""
 NORM_EPS = 1e-6
 LEVEL_FEATURES = 256
 
@@ -123,10 +126,12 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_size)
         self.k_norm = RMSNorm(config.head_size)
 
-    def forward(self, x_SC: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
+    def forward(self, x_SC: torch.Tensor, layout: SequenceLayout, hook: KeyValueHook | None = None) -> torch.Tensor:
         q, k, v = (proj(x_SC).unflatten(-1, (self.num_heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q = rotate(self.q_norm(q), layout.cos, layout.sin)
         k = rotate(self.k_norm(k), layout.cos, layout.sin)
+        if hook is not None:
+            k, v = hook(k, v)
         return self.o_proj(packed_attention(q, k, v, layout).flatten(1))
 
 
@@ -149,8 +154,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size)
         self.mlp = MLP(config)
 
-    def forward(self, x_SC: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
-        x_SC = x_SC + self.attn(self.input_layernorm(x_SC), layout)
+    def forward(self, x_SC: torch.Tensor, layout: SequenceLayout, hook: KeyValueHook | None = None) -> torch.Tensor:
+        x_SC = x_SC + self.attn(self.input_layernorm(x_SC), layout, hook)
         return x_SC + self.mlp(self.post_attention_layernorm(x_SC))
 
 
@@ -199,12 +204,18 @@ class GRN(InputEmbedding):
     def dtype(self) -> torch.dtype:
         return self.word_embed.weight.dtype
 
-    def hidden(self, x: ModelInput) -> torch.Tensor:
-        """States [P, C] of the predicted tokens, after the last block."""
+    def blocks(self) -> Iterator[Block]:
+        """All of them, first to last."""
+        return (block for chunk in self.block_chunks for block in chunk.module)
+
+    def hidden(self, x: ModelInput, hooks: Iterable[KeyValueHook] | None = None) -> torch.Tensor:
+        """States [P, C] of the predicted tokens, after the last block.
+
+        hooks: one for each block (see `grn_scale.model.text_cache`).
+        """
         h_SC = super().forward(x, self.dtype)
-        for chunk in self.block_chunks:
-            for block in chunk.module:
-                h_SC = block(h_SC, x.layout)
+        for block, hook in zip(self.blocks(), repeat(None) if hooks is None else hooks):
+            h_SC = block(h_SC, x.layout, hook)
         return h_SC.index_select(0, x.layout.visual_rows[x.layout.predicted])
 
     def forward(self, x: ModelInput) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """grn-scale bench: how fast this machine tokenizes, reads shards and trains, as JSON.
 
-    grn-scale bench                                                   all three, each in a process of its own
+    grn-scale bench                                                   all four, each in a process of its own
     grn-scale bench tokenize --config configs/runs/demo.yaml data.manifest=clips.jsonl
+    grn-scale bench tokenizer --widths 32,48 tokenize.latent_side=40 tokenize.max_frames=17 data.manifest=clips.jsonl
     grn-scale bench data --config configs/runs/demo.yaml data.dataset=tokens/
     grn-scale bench train --config configs/runs/demo.yaml             also under torchrun or srun
 
@@ -24,23 +25,28 @@ from grn_scale.config.schema import Config
 from grn_scale.errors import EXIT_FAILED, ConfigError
 from grn_scale.perf.bench_data import bench_data
 from grn_scale.perf.bench_tokenize import bench_tokenize
+from grn_scale.perf.bench_tokenizer import bench_tokenizer
 from grn_scale.perf.bench_train import bench_train
 from grn_scale.perf.measure import peak_memory, surroundings
 
 log = logging.getLogger("grn_scale.bench")
-BENCHMARKS = ("tokenize", "data", "train")
+BENCHMARKS = ("tokenize", "tokenizer", "data", "train")
 DEFAULT_CONFIG = "configs/runs/demo.yaml"
 
 
-def measure(name: str, config: Config, *, clips: int, samples: int, repeats: int) -> dict[str, Any]:
+def measure(name: str, config: Config, *, clips: int, samples: int, repeats: int,
+            widths: str | None = None) -> dict[str, Any]:
     """One benchmark with all it depends on: results, peak memory, configuration, hardware, versions, date.
 
-    clips: decoded in each repeat of "tokenize"; samples: read in each repeat of "data".
+    clips: decoded in each repeat of "tokenize"; samples: read in each repeat of "data"; widths: of
+    random weights in "tokenizer".
     """
     from grn_scale.config.load import to_dict
 
     if name == "tokenize":
         results = bench_tokenize(config, clips, repeats)
+    elif name == "tokenizer":
+        results = bench_tokenizer(config, widths, repeats)
     elif name == "data":
         results = bench_data(config, samples, repeats)
     else:
@@ -61,6 +67,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="measurements of each number (default: 5)")
     parser.add_argument("--clips", type=int, default=256, metavar="N", help="decoded in each repeat (default: 256)")
     parser.add_argument("--samples", type=int, default=4096, metavar="N", help="read in each repeat (default: 4096)")
+    parser.add_argument("--widths", metavar="DIM,DEC_DIM", help="bench tokenizer with random weights of the official "
+                        "architecture in these widths, where tokenizer.path has none")
     parser.add_argument("--json", action="store_true", help="nothing but the JSON: no progress on stderr")
     rest = argv[1:] if named else argv
     config, options = parser.parse_command(rest)
@@ -71,7 +79,8 @@ def main(argv: list[str]) -> int:
         return _each_alone(rest)
     log.info("measuring %s", argv[0])
     with contextlib.redirect_stdout(sys.stderr):  # libraries print, but stdout is the result
-        report = measure(argv[0], config, clips=options.clips, samples=options.samples, repeats=options.repeats)
+        report = measure(argv[0], config, clips=options.clips, samples=options.samples, repeats=options.repeats,
+                         widths=options.widths)
     if int(os.environ.get("RANK", "0")) == 0:
         print(json.dumps(report, indent=1))
     return 0

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from grn_scale.config.schema import Config
 from grn_scale.errors import UserError
+from grn_scale.perf.clips import clip_requests
 from grn_scale.perf.measure import rates, repeat, start_torch
-
-if TYPE_CHECKING:
-    from grn_scale.data.decode import DecodeRequest
 
 
 def bench_tokenize(config: Config, count: int, repeats: int) -> dict[str, Any]:
@@ -29,7 +26,7 @@ def bench_tokenize(config: Config, count: int, repeats: int) -> dict[str, Any]:
     device = start_torch(config.train.threads)
     tokenizer = load_tokenizer(config.tokenizer.path).to(device)
     with tempfile.TemporaryDirectory(prefix="grn-bench-") as folder:
-        requests = _requests(config, count, Path(folder))
+        requests = clip_requests(config, count, Path(folder))
         with DecodePool(config.tokenize.decode_processes, config.tokenize.decode_timeout_seconds) as pool:
             clips = [clip for _, clip in pool.map(requests) if isinstance(clip, DecodedClip)]
             if not clips:
@@ -51,27 +48,3 @@ def bench_tokenize(config: Config, count: int, repeats: int) -> dict[str, Any]:
         "decode_frames_per_second": rates(frames, decode_seconds),
         "encode_batch_clips": len(batch), "encode_frames_per_second": rates(len(batch) * len(batch[0]), encode_seconds),
     }
-
-
-def _requests(config: Config, count: int, folder: Path) -> list[DecodeRequest]:
-    """Up to `count` clips of the manifest, or clips made for the purpose."""
-    from grn_scale.data.buckets import bucket
-    from grn_scale.data.decode import DecodeRequest
-    from grn_scale.data.manifest import load_manifest
-    from grn_scale.demo import shapes
-    from grn_scale.demo.clips import encode_h264
-
-    settings = config.tokenize
-    if config.data.manifest:
-        listed = load_manifest(config.data.manifest)[:count]
-        found = [(clip.path, clip.begin_frame, clip.end_frame) for clip in listed]
-    else:
-        side = bucket(1.0, settings.latent_side).height
-        found = []
-        for number, attributes in zip(range(count), itertools.cycle(shapes.training())):
-            path = folder / f"{number:06d}.mp4"
-            path.write_bytes(encode_h264(shapes.render(attributes, number, side, settings.max_frames),
-                                         max(1, round(settings.fps))))
-            found.append((path, None, None))
-    return [DecodeRequest(str(path), settings.fps, settings.max_frames, begin, end, latent_side=settings.latent_side)
-            for path, begin, end in found]

@@ -34,6 +34,20 @@ def repeat(work: Callable[[], object], repeats: int, warmup: int = 1) -> list[fl
     return seconds
 
 
+def paired(works: Sequence[Callable[[], object]], repeats: int) -> list[list[float]]:
+    """Seconds of each of `repeats` calls of every one, in turn and each time the other way round, so that what else the
+    machine does falls on all alike; after one call of each that does not count."""
+    seconds: list[list[float]] = [[] for _ in works]
+    order = list(range(len(works)))
+    for number in range(repeats + 1):
+        for which in order:
+            found = repeat(works[which], 1, warmup=0)
+            if number:
+                seconds[which] += found
+        order.reverse()
+    return seconds
+
+
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, smallest and largest of the repeats, and how many there are; four digits, no more is known."""
     rounded = {name: float(f"{function(values):.4g}")
@@ -62,7 +76,8 @@ def surroundings() -> dict[str, Any]:
     """Hardware, versions and date of a measurement, as plain values."""
     import torch
 
-    hardware = {"cpu": _cpu_model(), "cores": len(os.sched_getaffinity(0)), "machine": platform.machine(),
+    hardware = {"cpu": _cpu_field("model name"), "cpu_flags": _cpu_flags(), "cores": len(os.sched_getaffinity(0)),
+                "machine": platform.machine(),
                 "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
                 "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]}
     versions = {"python": platform.python_version(), "system": platform.platform(), "cuda": torch.version.cuda}
@@ -92,11 +107,16 @@ def latent_shape(settings: TokenizeConfig) -> tuple[tuple[int, int, int], float]
     return (latent_frames(settings.max_frames), *square.grid), square.ratio_key
 
 
-def _cpu_model() -> str:
+def _cpu_field(field: str) -> str:
     information = Path("/proc/cpuinfo")
     if information.is_file():
         for line in information.read_text(encoding="utf-8", errors="replace").splitlines():
             name, _, value = line.partition(":")
-            if name.strip() == "model name":
+            if name.strip() == field:
                 return value.strip()
     return platform.processor() or platform.machine()
+
+
+def _cpu_flags() -> list[str]:
+    """Those of the CPU's extensions that decide how quickly it multiplies matrices."""
+    return sorted(set(_cpu_field("flags").split()) & {"avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16"})

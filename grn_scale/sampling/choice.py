@@ -12,13 +12,15 @@ import torch
 
 WORDS = 2**32
 """Random numbers are whole, in [0, WORDS) (`keyed.hash32`)."""
+LARGEST = torch.finfo(torch.float32).max
 
 
 def tempered(scores: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
-    """fp32 scores / temperature, which is one number or fp32 [P]."""
+    """fp32 scores / temperature, which is one number or fp32 [P]; infinite ones become the largest finite number."""
     if isinstance(temperature, torch.Tensor):
         temperature = temperature.view(-1, *[1] * (scores.dim() - 1))
-    return scores.float() / temperature
+    # The softmax of an infinite score is NaN.
+    return (scores.float() / temperature).clamp(-LARGEST, LARGEST)
 
 
 def probabilities(scores: torch.Tensor, temperature: float | torch.Tensor = 1.0) -> torch.Tensor:

@@ -1,6 +1,7 @@
-"""grn-scale sample: prompts -> videos (or pictures), from the checkpoint of a run.
+"""grn-scale sample: prompts -> videos (or pictures), or class ids -> pictures, from the checkpoint of a run.
 
     grn-scale sample --run runs/first --prompt "a red circle moves left" output=samples/
+    grn-scale sample --run runs/images --class 207 --class 8 --count 4 output=samples/
 
 Writes one file a sample, refinement.png (how the first sample emerged from noise) and, last, samples.json.
 """
@@ -13,24 +14,24 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from grn_scale.atomic import write_bytes, write_json
+from grn_scale.class_to_image.sample import ClassRequest, sample_classes
 from grn_scale.command_line import CommandParser, run, start_logging
 from grn_scale.config.check import check_output, check_set
+from grn_scale.config.class_schema import SCHEMAS
 from grn_scale.config.load import to_dict
 from grn_scale.config.schema import Config
 from grn_scale.data.buckets import CELL_PIXELS, choose_bucket, nearest_ratio_key, whole_groups
 from grn_scale.data.decode import DecodeError, DecodeRequest, decode_clip
 from grn_scale.errors import ConfigError, UserError
 from grn_scale.sampling.film import Film
+from grn_scale.sampling.output import FILM_STRIP, SUMMARY, check_unused, make_folder, progress_bar
 from grn_scale.sampling.pictures import png_bytes
 from grn_scale.sampling.pipeline import task_of
 from grn_scale.sampling.sampler import StepMaps
@@ -39,8 +40,8 @@ from grn_scale.sampling.video import encode_mp4
 
 log = logging.getLogger(__name__)
 
-SUMMARY = "samples.json"
-FILM_STRIP = "refinement.png"
+TEXT_OPTIONS = ("prompt", "prompts", "negative", "frames", "size", "first_frame", "segments")
+"""What only a model that makes video from text can be asked for."""
 
 
 @dataclass(frozen=True)
@@ -78,30 +79,40 @@ class Canvas:
 def main(argv: list[str]) -> int:
     """Run `grn-scale sample` with its arguments; the exit code."""
     parser = _parser()
-    config, options = parser.parse_command(argv)
+    _, options = parser.parse_command(argv)
     start_logging()
     source = open_source(options.run)
-    if options.config is None:
-        config = source.run_config(options.overrides)
-    check_set(config, "output", "text.encoder")
+    config = source.run_config(options.overrides, options.config)
+    check_set(config, "output")
     check_output(config.output)
-    summary = sample(source, config, _request(options, config))
+    if options.count < 1:
+        raise ConfigError(f"--count is {options.count}, but must be at least 1")
+    if source.class_model is not None:
+        summary = sample_classes(source, config, _class_request(options, parser, source))
+    else:
+        request = _request(options, config)
+        check_set(config, "text.encoder")
+        summary = sample(source, config, request)
     print(json.dumps(summary, indent=1) if options.json else _table(summary, Path(config.output)))
     return 0
 
 
 def _parser() -> CommandParser:
     parser = CommandParser(
-        "sample", "Sample videos, or pictures with --frames 1, from a checkpoint. Without --config the run's own "
-        "configuration holds. The precision is train.precision.",
-        "grn-scale sample --run runs/first --prompt 'a red circle moves left' output=samples/", json=True)
+        "sample", "Sample videos, or pictures with --frames 1, from a checkpoint; from one of a class-to-image model "
+        "pictures of --class. Without --config the run's own configuration holds. The precision is train.precision.",
+        "grn-scale sample --run runs/first --prompt 'a red circle moves left' output=samples/", json=True,
+        schema=SCHEMAS)
     parser.add_argument("--run", required=True, metavar="RUN", help="run folder (its newest checkpoint) or step folder")
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT",
                         help="may be given several times, and empty")
     parser.add_argument("--prompts", metavar="FILE", help="text file with a prompt on each line")
     parser.add_argument("--negative", default="", metavar="TEXT",
                         help="what guidance leads away from (default: the empty text)")
-    parser.add_argument("--count", type=int, default=1, metavar="N", help="samples of each prompt (default: 1)")
+    parser.add_argument("--class", type=int, action="append", default=[], metavar="ID", dest="classes",
+                        help="what a class-to-image model makes; may be given several times")
+    parser.add_argument("--count", type=int, default=1, metavar="N",
+                        help="samples of each prompt or class (default: 1)")
     parser.add_argument("--frames", type=int, metavar="N",
                         help="1 + 4k frames; 1 is a picture (default: tokenize.max_frames)")
     parser.add_argument("--size", metavar="HxW", help="pixels, multiples of 16 (default: the square bucket of "
@@ -114,7 +125,19 @@ def _parser() -> CommandParser:
     return parser
 
 
+def _class_request(options: argparse.Namespace, parser: CommandParser, source: Source) -> ClassRequest:
+    remedy = f"give --class ID (0 .. {source.class_model.num_classes - 1}), as often as you like, and --count"
+    if given := [name for name in TEXT_OPTIONS if getattr(options, name) != parser.get_default(name)]:
+        names = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise ConfigError(f"{names} given, but {source.checkpoint} makes pictures of one size by class: {remedy}")
+    if not options.classes:
+        raise ConfigError(f"no class given: {remedy}")
+    return ClassRequest(tuple(options.classes), options.count, options.raw)
+
+
 def _request(options: argparse.Namespace, config: Config) -> Request:
+    if options.classes:
+        raise ConfigError(f"--class given, but {options.run} makes video from text: give --prompt TEXT")
     prompts = list(options.prompt)
     if options.prompts is not None:
         try:
@@ -124,8 +147,6 @@ def _request(options: argparse.Namespace, config: Config) -> Request:
         prompts += [line for line in lines if line.strip()]
     if not prompts:
         raise ConfigError("no prompt given: use --prompt TEXT (it may be empty) or --prompts FILE")
-    if options.count < 1:
-        raise ConfigError(f"--count is {options.count}, but must be at least 1")
     frames = config.tokenize.max_frames if options.frames is None else options.frames
     if frames < 1 or frames != whole_groups(frames):
         raise ConfigError(f"--frames is {frames}, but the tokenizer makes 1 + 4k frames: "
@@ -158,22 +179,18 @@ def sample(source: Source, config: Config, request: Request) -> dict[str, Any]:
     trained with.
     """
     folder = Path(config.output)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"output: {folder} is not an empty folder, and samples would overwrite it; give a new one")
+    check_unused(folder)
     pipeline, weights = open_pipeline(source, config, raw=request.raw)
     settings = pipeline.settings(config.sampling)
     if not settings.adaptive and settings.steps < settings.tmax - 1:
         log.warning("sampling.steps is %d, but the schedule is %d long (sampling.tmax): it is cut off while labels are "
                     "still noise; sampling.tmax=%d runs through it", settings.steps, settings.tmax, settings.steps)
     canvas = _canvas(request, config)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output: cannot make {folder}: {error.strerror}") from error
+    make_folder(folder)
 
     prompts = [prompt for prompt in request.prompts for _ in range(request.count)]
     film = Film(0, settings.most_steps)
-    with _bar("sampling", settings.most_steps * len(prompts) * request.segments) as advance:
+    with progress_bar("sampling", settings.most_steps * len(prompts) * request.segments) as advance:
         def observe(segment: int, maps: StepMaps) -> None:
             if segment == 0:
                 film(maps)
@@ -185,7 +202,7 @@ def sample(source: Source, config: Config, request: Request) -> dict[str, Any]:
 
     fps = source.fps or config.tokenize.fps
     files = []
-    with _bar("writing", len(prompts)) as advance:
+    with progress_bar("writing", len(prompts)) as advance:
         for n, frames in enumerate(result.frames):
             files.append(_write_clip(folder, n, frames, fps))
             advance(1)
@@ -235,23 +252,12 @@ def _write_clip(folder: Path, number: int, frames: np.ndarray, fps: float) -> st
     return name
 
 
-@contextmanager
-def _bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr while the block runs; yields what advances it."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                  console=Console(stderr=True)) as progress:
-        task = progress.add_task(name, total=total)
-        yield partial(progress.advance, task)
-
-
 def _table(summary: dict[str, Any], folder: Path) -> str:
     rows = [("checkpoint", f"{summary['checkpoint']} ({summary['weights']} weights)"),
             ("samples", f"{len(summary['samples'])} {summary['task']}, {summary['frames']} frames of "
                         f"{summary['height']}x{summary['width']}, seed {summary['seed']}"),
-            *(("", f"{folder / entry['file']}  {entry['prompt']}") for entry in summary["samples"]),
+            *(("", f"{folder / entry['file']}  {entry['prompt'] if 'prompt' in entry else entry['class_id']}")
+              for entry in summary["samples"]),
             ("film strip", str(folder / FILM_STRIP)), ("summary", str(folder / SUMMARY))]
     return "\n".join(f"{name:<12}{value}" for name, value in rows)
 

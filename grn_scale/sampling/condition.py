@@ -82,6 +82,11 @@ class Condition:
         """The sample's shape in the packed sequence beside these text states."""
         return Grid(tuple(self.thw), self.ratio_key, text.shape[0], self.first_frame_labels is not None)
 
+    def tokens(self, guided: bool) -> int:
+        """Of its branches in the packed sequence; with the unconditional one if `guided`."""
+        texts = [self.text_states] + ([self.negative_text_states] if guided else [])
+        return sum(grid.visual_tokens + grid.text_tokens + 1 for grid in map(self.grid, texts))
+
     def check(self, config: ModelConfig, guided: bool) -> None:
         """UserError unless a model of this configuration can sample it, with the unconditional branch if `guided`."""
         t, h, w = self.thw

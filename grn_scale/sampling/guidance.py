@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from grn_scale.config.schema import ModelConfig
-from grn_scale.model.sequence import SequenceLayout, lay_out
-from grn_scale.model.transformer import GRN, ModelInput
+from grn_scale.model.sequence import SequenceLayout, lay_out, lay_out_beside_texts, ranges
+from grn_scale.model.text_cache import TextCache
+from grn_scale.model.transformer import GRN, KeyValueHook, ModelInput
 from grn_scale.sampling.condition import Condition
 
 
@@ -25,6 +26,9 @@ class Branches:
     """Samples that have an unconditional branch."""
     layout: SequenceLayout
     text_TC: torch.Tensor
+    """Of no rows where the texts' keys and values are kept."""
+    hooks: list[KeyValueHook] | None
+    """Those of the kept texts, for `GRN.hidden`."""
     visual_source: torch.Tensor
     """int64: for each visual token of the sequence, the token of the samples it shows."""
     guided_rows: torch.Tensor
@@ -45,8 +49,13 @@ class Prediction:
 class GuidedNetwork:
     """The network for a fixed list of samples. Layout and texts are built once and serve every step."""
 
-    def __init__(self, model: GRN, conditions: Sequence[Condition]) -> None:
+    def __init__(self, model: GRN, conditions: Sequence[Condition], texts: TextCache | None = None) -> None:
+        """texts: with layout v1, a cache of samples before these (by default an empty one); it keeps those of these."""
         self.model = model
+        self._texts = TextCache(model) if texts is None and model.config.layout == "v1" else texts
+        if self._texts is not None:
+            self._texts.keep([text for c in conditions for text in (c.text_states, c.negative_text_states)
+                              if text is not None])
         self.conditions = tuple(conditions)
         self.device = model.word_embed.weight.device
         grids = [c.grid(c.text_states) for c in self.conditions]
@@ -54,8 +63,9 @@ class GuidedNetwork:
         self.predicted_counts = [grid.predicted_tokens for grid in grids]
         self.sample_P = _repeat(self.predicted_counts).to(self.device)
         """int64 [P] sample of each predicted token."""
-        first = torch.cat([torch.arange(v) >= v - p for v, p in zip(self.visual_counts, self.predicted_counts)])
-        self.predicted = first.nonzero()[:, 0].to(self.device)
+        stops = torch.tensor(self.visual_counts).cumsum(0).tolist()
+        self.predicted = ranges([stop - p for stop, p in zip(stops, self.predicted_counts)],
+                                self.predicted_counts).to(self.device)
         """int64 [P] the visual tokens that are predicted."""
         self._visual_VD = _given_labels(self.conditions, model.config, sum(self.visual_counts)).to(self.device)
         self._branches: Branches | None = None
@@ -73,7 +83,7 @@ class GuidedNetwork:
         visual = self._visual_VD.index_copy(0, self.predicted, mixed_PD)
         level = torch.tensor([*shares, *(shares[n] for n in guided)], dtype=torch.float32, device=self.device)
         hidden = self.model.hidden(ModelInput(
-            branches.layout, visual.index_select(0, branches.visual_source), branches.text_TC, level))
+            branches.layout, visual.index_select(0, branches.visual_source), branches.text_TC, level), branches.hooks)
         scores = self.model.head(hidden)
         count = len(self.predicted)
         conditional, unconditional = scores[:count], scores[count:]
@@ -91,11 +101,16 @@ class GuidedNetwork:
         owners = [*range(len(self.conditions)), *guided]
         config = self.model.config
         grids = [self.conditions[n].grid(text) for n, text in zip(owners, texts)]
-        layout = lay_out(grids, config.layout, config.head_size)
+        if self._texts is not None:
+            layout = lay_out_beside_texts(grids, self._texts.starts(texts), config.head_size)
+            text, hooks = torch.zeros(0, config.text_hidden_size, device=self.device), self._texts.hooks()
+        else:
+            layout = lay_out(grids, config.layout, config.head_size)
+            text, hooks = torch.cat([text.to(self.device) for text in texts]), None
         visual = _places(self.visual_counts, owners)
         predicted = _places(self.predicted_counts, guided)
-        return Branches(guided, layout.to(self.device), torch.cat([t.to(self.device) for t in texts]),
-                        visual.to(self.device), predicted.to(self.device))
+        return Branches(guided, layout.to(self.device), text, hooks, visual.to(self.device),
+                        predicted.to(self.device))
 
 
 def _given_labels(conditions: Sequence[Condition], config: ModelConfig, tokens: int) -> torch.Tensor:
@@ -118,5 +133,4 @@ def _repeat(counts: Sequence[int]) -> torch.Tensor:
 def _places(counts: Sequence[int], owners: Sequence[int]) -> torch.Tensor:
     """int64: the places of each owner's items, where the items of all stand in order, counts[n] of owner n."""
     stops = torch.tensor(counts).cumsum(0).tolist()
-    parts = [torch.arange(stops[n] - counts[n], stops[n]) for n in owners]
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+    return ranges([stops[n] - counts[n] for n in owners], [counts[n] for n in owners])

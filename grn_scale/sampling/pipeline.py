@@ -20,7 +20,8 @@ from grn_scale.data.buckets import CELL_PIXELS, latent_frames, nearest_ratio_key
 from grn_scale.errors import ConfigError, UserError
 from grn_scale.model import GRN, load_model
 from grn_scale.sampling.condition import Condition, SamplingSettings
-from grn_scale.sampling.sampler import Generated, StepMaps, generate
+from grn_scale.sampling.maps import StepMaps
+from grn_scale.sampling.sampler import Generated, generate
 from grn_scale.sampling.video import decode_clips, encode_first_frame
 from grn_scale.tokenizer import load_tokenizer
 from grn_scale.tokenizer.text import TextEncoder, clean_caption, load_text_encoder, tagged_caption

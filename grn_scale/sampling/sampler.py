@@ -4,6 +4,9 @@
     for each step:  y ~ network(x);  x = y where a mask says so, else R;  the mask grows along a schedule
     the result is the y of the last step                                            (GRN reference, section 6)
 
+Samples under way run as one packed call, each at its own step. One that ends leaves at once and the next waiting
+sample takes its place, so a step costs the samples that still need it, whatever their numbers of steps are.
+
 Every random number is keyed by (seed, number of the sample, step, label), so what a sample becomes does not depend on
 what it is sampled together with. (Matrix products of another size round differently: that can turn a label whose
 random number lies within rounding of its probability, about one in a million.)
@@ -13,17 +16,20 @@ Legend: P predicted tokens of all samples under way, D labels a token, K classes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from grn_scale import hbq, keyed
+from grn_scale.errors import UserError
+from grn_scale.model.text_cache import TextCache
 from grn_scale.model.transformer import GRN
 from grn_scale.sampling.choice import WORDS, choose, probabilities, relative_entropy
 from grn_scale.sampling.condition import Condition, SamplingSettings
 from grn_scale.sampling.guidance import GuidedNetwork, Prediction
-from grn_scale.sampling.maps import flatten_maps, unflatten_maps
+from grn_scale.sampling.maps import StepMaps, flatten_map, unflatten_map, whole_map
 from grn_scale.sampling.steps import (
     END_TOLERANCE,
     adaptive_progress,
@@ -33,9 +39,10 @@ from grn_scale.sampling.steps import (
     temperature_factor,
 )
 from grn_scale.sampling.trace import Draws, Trace, batched
+from grn_scale.sampling.waiting import Waiting
 
-MAX_TOKENS = 8192
-"""Tokens of both branches in one packed call; on a CPU larger calls are no quicker."""
+MAX_TOKENS = 4096
+"""Tokens under way in both branches; on a CPU larger calls are slower."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,33 +54,10 @@ class Generated:
     steps: list[int]
     """Steps that each sample took."""
     entropies: list[float]
-    """With adaptive sampling the relative entropy that each sample's number of steps followed from; else empty."""
+    """With adaptive sampling the relative entropy that each sample's number of steps followed from (a sample that ended
+    before the decision has none); else empty."""
     trace: dict[str, torch.Tensor | list[torch.Tensor]]
     """With record=True the values of every step (see `Trace.result`), else empty."""
-
-
-@dataclass(frozen=True, eq=False)
-class StepMaps:
-    """The samples under way after one step, as an observer sees them."""
-
-    step: int
-    samples: tuple[int, ...]
-    """Places in the call's list of conditions."""
-    shares: tuple[float, ...]
-    """Share of predictions in each sample's mixed map."""
-    ended: frozenset[int]
-    """Those of `samples` for which this was the last step."""
-    _conditions: tuple[Condition, ...]
-    _predicted: torch.Tensor
-    _mixed: torch.Tensor
-
-    def predictions(self) -> list[torch.Tensor]:
-        """uint8 [D, t, h, w] of each sample: y, this step's prediction."""
-        return unflatten_maps(self._predicted, self._conditions, whole=True)
-
-    def mixed(self) -> list[torch.Tensor]:
-        """uint8 [D, t, h, w] of each sample: x, predictions and noise, which the next step reads."""
-        return unflatten_maps(self._mixed, self._conditions, whole=True)
 
 
 def generate(model: GRN, conditions: Sequence[Condition], settings: SamplingSettings, *,
@@ -86,222 +70,246 @@ def generate(model: GRN, conditions: Sequence[Condition], settings: SamplingSett
     uint8 [S, B, D, t, h, w] (t without a given first frame), or lists as in a trace.
     seed, first_draw: condition b is sample number first_draw + b of the seed.
     record: keep every step's values in the result's trace, unconditional logits of unguided steps included.
-    max_tokens: the list is split into packed calls of at most so many tokens. observe: called after every step.
+    max_tokens: so many tokens run in one packed call (a longer sample alone); the other conditions wait their turn.
+    observe: called after every packed call, once for each step that samples have taken in it.
     Raises UserError where a condition does not fit the model.
     """
     both = record and (settings.guidance != 1.0 or model.config.layout == "v2")
+    guided = both or settings.guidance != 1.0
     for condition in conditions:
-        condition.check(model.config, guided=both or settings.guidance != 1.0)
-    given = None if draws is None else Draws(draws)
-    trace = Trace() if record else None
-    labels: list[torch.Tensor] = []
-    steps: list[int] = []
-    entropies: list[float] = []
+        condition.check(model.config, guided)
+    run = Refinement(model, conditions, settings, seed, first_draw, None if draws is None else Draws(draws),
+                     Trace() if record else None, both)
     with torch.inference_mode():
-        for members in split(conditions, max_tokens, guided=both or settings.guidance != 1.0):
-            run = Refinement(model, settings, seed, first_draw, given, trace, both)
-            labels += run(conditions, members, observe)
-            steps += run.steps
-            entropies += run.entropies
+        run(Waiting([condition.tokens(guided) for condition in conditions], max_tokens), observe)
+    samples = [run.ended[n] for n in range(len(conditions))]
     # Copies made outside the inference mode are ordinary tensors.
-    return Generated(batched(labels, 0) if labels else [], steps, entropies, trace.result() if trace else {})
+    return Generated(batched([sample.labels for sample in samples], 0) if samples else [],
+                     [sample.step for sample in samples],
+                     [sample.entropy for sample in samples if sample.entropy is not None],
+                     run.trace.result() if run.trace else {})
 
 
-def split(conditions: Sequence[Condition], max_tokens: int, guided: bool) -> Iterator[range]:
-    """Consecutive ranges of conditions whose branches have at most max_tokens tokens; a longer one stands alone."""
-    start, tokens = 0, 0
-    for n, condition in enumerate(conditions):
-        texts = [condition.text_states] + ([condition.negative_text_states] if guided else [])
-        grids = [condition.grid(text) for text in texts]
-        own = sum(grid.visual_tokens + grid.text_tokens + 1 for grid in grids)
-        if n > start and tokens + own > max_tokens:
-            yield range(start, n)
-            start, tokens = n, 0
-        tokens += own
-    if conditions:
-        yield range(start, len(conditions))
+@dataclass(eq=False)
+class _Sample:
+    """A sample under way. Its maps are uint8 [tokens, D], tokens in natural order."""
 
-
-@dataclass
-class _Group:
-    """Samples under way together. All maps are uint8 [P, D], sample by sample, tokens in natural order."""
-
-    network: GuidedNetwork
-    members: tuple[int, ...]
-    """Places in the call's list of conditions."""
-    counter_PD: torch.Tensor
-    """int64: number of each label inside its sample, for the random numbers."""
+    number: int
+    """Place in the call's list of conditions."""
+    condition: Condition
     noise: torch.Tensor
     mixed: torch.Tensor
-    shares: list[float]
+    step: int = 0
+    """Steps taken."""
+    share: float = 0.0
     """Of predictions in `mixed`, counted."""
-    after: list[int | None]
-    """Steps that each sample gets after the decision of adaptive sampling; None before it, and without it."""
+    after: int | None = None
+    """Steps it gets after the decision of adaptive sampling; None before it, and without it."""
+    entropy: float | None = None
+    """What the decision followed from."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Ended:
+    labels: torch.Tensor
+    """uint8 [D, t, h, w] on the CPU."""
+    step: int
+    """Steps it took."""
+    entropy: float | None
+
+
+class _Batch:
+    """Samples that run together, until one of them ends."""
+
+    def __init__(self, model: GRN, samples: Sequence[_Sample], texts: TextCache | None) -> None:
+        self.samples = tuple(samples)
+        self.network = GuidedNetwork(model, [sample.condition for sample in samples], texts)
+        self.token_P = torch.cat([_token_numbers(sample.condition) for sample in samples]).to(self.network.device)
+        self.noise_PD = torch.cat([sample.noise for sample in samples])
+
+    def by_sample(self, table: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The rows of each sample of a table [P, ...]."""
+        return table.split(self.network.predicted_counts)
+
+    def by_token(self, numbers: Sequence[float | int]) -> torch.Tensor:
+        """[P] int64 or fp32: the number of each token's sample."""
+        return torch.tensor(numbers, device=self.network.device)[self.network.sample_P]
 
 
 class Refinement:
-    """One packed run of the sampler."""
+    """One run of the sampler over a list of conditions."""
 
-    def __init__(self, model: GRN, settings: SamplingSettings, seed: int, first_draw: int, draws: Draws | None,
-                 trace: Trace | None, both: bool) -> None:
-        self.model, self.settings, self.draws, self.trace, self.both = model, settings, draws, trace, both
-        self.seed, self.first_draw = seed, first_draw
+    def __init__(self, model: GRN, conditions: Sequence[Condition], settings: SamplingSettings, seed: int,
+                 first_draw: int, draws: Draws | None, trace: Trace | None, both: bool) -> None:
+        self.model, self.conditions, self.settings = model, conditions, settings
+        self.seed, self.first_draw, self.draws, self.trace, self.both = seed, first_draw, draws, trace, both
         self.channels, self.classes = model.config.label_channels, model.config.classes
-        self.tolerance = END_TOLERANCE[model.config.layout]
-        self.steps: list[int] = []
-        self.entropies: list[float] = []
-        """Both of the members, once the run is over."""
+        self.texts = TextCache(model) if model.config.layout == "v1" else None
+        self.ended: dict[int, _Ended] = {}
+        """By place in the list of conditions."""
 
-    def __call__(self, conditions: Sequence[Condition], members: Sequence[int],
-                 observe: Callable[[StepMaps], None] | None) -> list[torch.Tensor]:
-        """Labels uint8 [D, t, h, w] on the CPU of the members, in their order."""
-        group = self._start([conditions[n] for n in members], tuple(members))
-        done: dict[int, torch.Tensor] = {}
-        taken: dict[int, int] = {}
-        step = 0
-        while group.members:
-            fed = group.shares
-            predicted = self._step(group, step)
-            last = [is_last(step, self._steps(after), share, self.tolerance) for share, after in zip(fed, group.after)]
-            ended = [n for n, end in zip(group.members, last) if end]
-            if observe is not None:
-                observe(StepMaps(step, group.members, tuple(group.shares), frozenset(ended), group.network.conditions,
-                                 predicted, group.mixed))
-            if ended:
-                maps = unflatten_maps(predicted, group.network.conditions, whole=True)
-                done |= {n: labels.cpu() for n, labels, end in zip(group.members, maps, last) if end}
-                taken |= dict.fromkeys(ended, step + 1)
-                group = self._without(group, last)
-            step += 1
-        if self.trace:
-            for n in members:
-                self._record_result(n, done[n])
-        self.steps = [taken[n] for n in members]
-        return [done[n] for n in members]
+    def __call__(self, waiting: Waiting, observe: Callable[[StepMaps], None] | None) -> None:
+        """Run until every sample has ended."""
+        going: list[_Sample] = []
+        while True:
+            going += [self._begin(n) for n in waiting.admit(sample.number for sample in going)]
+            if not going:
+                return
+            batch = _Batch(self.model, going, self.texts)
+            while len(going) == len(batch.samples):
+                predicted = self._step(batch)
+                if observe is not None:
+                    self._show(batch, predicted, observe)
+                going = [sample for sample in batch.samples if sample.number not in self.ended]
 
-    def _start(self, conditions: list[Condition], members: tuple[int, ...]) -> _Group:
-        network = GuidedNetwork(self.model, conditions)
-        # Numbers count from the clip's first token on, a given first frame included: as in training's noise.
-        first = [v - p for v, p in zip(network.visual_counts, network.predicted_counts)]
-        token = torch.cat([torch.arange(f, v) for f, v in zip(first, network.visual_counts)]).to(network.device)
-        counter = token[:, None] * self.channels + torch.arange(self.channels, device=network.device)
+    def _begin(self, n: int) -> _Sample:
+        condition = self.conditions[n]
+        device = self.model.word_embed.weight.device
+        token_P = _token_numbers(condition).to(device)
         if self.draws:
-            noise = flatten_maps([self.draws.initial(n) for n in members], network.device)
-            if noise.shape != counter.shape:
+            noise = flatten_map(self.draws.initial(n), device)
+            if noise.shape != (len(token_P), self.channels):
                 raise ValueError(f"initial_labels have {list(noise.shape)} tokens and labels, "
-                                 f"not {list(counter.shape)}")
+                                 f"not {[len(token_P), self.channels]}")
         else:
-            random = self._random(network, members, counter, "sample noise")
+            key = self._key("sample noise", n)
+            random = self._hash(torch.tensor([key], device=device), token_P)
             noise = (random >> (32 - self.classes.bit_length() + 1)).to(torch.uint8)
-        group = _Group(network, members, counter, noise, noise, [0.0] * len(members), [None] * len(members))
         if self.trace:
-            for n, labels in zip(members, self._maps(group, noise)):
-                self.trace.add("initial_labels", n, labels)
-        return group
+            self.trace.add("initial_labels", n, unflatten_map(noise, condition))
+        return _Sample(n, condition, noise, mixed=noise)
 
-    def _step(self, group: _Group, step: int) -> torch.Tensor:
-        """This step's prediction y [P, D]; the group's mixed map and shares become those after the step."""
-        settings = self.settings
-        guidance = [settings.guidance_at(share) for share in group.shares]
-        prediction = group.network(group.mixed, group.shares, guidance, always_both=self.both)
-        if settings.adaptive and step == settings.adaptive.wp:
-            self._decide(group, prediction)
-        temperature = self._temperature(group, step)
-        keyed_by = (group.network, group.members, group.counter_PD)
+    def _step(self, batch: _Batch) -> tuple[torch.Tensor, ...]:
+        """Each sample's prediction y [tokens, D] of one step, after which they stand as the step leaves them."""
+        settings, samples = self.settings, batch.samples
+        fed = [sample.share for sample in samples]
+        guidance = [settings.guidance_at(share) for share in fed]
+        mixed_PD = torch.cat([sample.mixed for sample in samples])
+        prediction = batch.network(mixed_PD, fed, guidance, always_both=self.both)
+        states = batch.by_sample(prediction.conditional_PC)
+        if settings.adaptive:
+            for sample, own in zip(samples, states):
+                if sample.step == settings.adaptive.wp:
+                    self._decide(sample, own)
+        temperatures = [self._temperature(sample) for sample in samples]
+        temperature_P = batch.by_token(temperatures)
         if self.draws:
-            predicted = self._given(group, "sampled_labels", step)
+            predicted_PD = self._given(batch, "sampled_labels")
         else:
-            predicted = choose(prediction.scores, temperature, self._random(*keyed_by, "sample label", step))
-        targets = [self._target(step, after) for after in group.after]
+            predicted_PD = choose(prediction.scores, temperature_P, self._random(batch, "sample label"))
+        targets = [self._target(sample) for sample in samples]
         if self.draws:
-            mask = self._given(group, "use_predict_mask", step).bool()
+            mask_PD = self._given(batch, "use_predict_mask").bool()
         else:
-            below_N = torch.tensor([int(target * WORDS) for target in targets], device=group.network.device)
-            mask = self._random(*keyed_by, "sample mask", step) < below_N[group.network.sample_P, None]
-        fed = group.shares
-        group.mixed = torch.where(mask, predicted, group.noise)
-        counts = torch.zeros(len(fed), dtype=torch.int64, device=mask.device)
-        counts = counts.index_add(0, group.network.sample_P, mask.sum(dim=1)).tolist()
-        group.shares = [n / (tokens * self.channels) for n, tokens in zip(counts, group.network.predicted_counts)]
+            below_P = batch.by_token([int(target * WORDS) for target in targets])
+            mask_PD = self._random(batch, "sample mask") < below_P[:, None]
+        mixed = batch.by_sample(torch.where(mask_PD, predicted_PD, batch.noise_PD))
+        counts = torch.zeros(len(samples), dtype=torch.int64, device=mask_PD.device)
+        counts = counts.index_add(0, batch.network.sample_P, mask_PD.sum(dim=1)).tolist()
+        for sample, own, count in zip(samples, mixed, counts):
+            sample.mixed, sample.share = own, count / own.numel()
         if self.trace:
-            self._record_step(group, prediction, predicted, mask, fed, guidance, targets, temperature)
+            self._record(batch, prediction, predicted_PD, mask_PD, fed, guidance, targets, temperature_P)
+        predicted = batch.by_sample(predicted_PD)
+        tolerance = END_TOLERANCE[self.model.config.layout]
+        for sample, share, own in zip(samples, fed, predicted):
+            sample.step += 1
+            if is_last(sample.step - 1, self._steps(sample), share, tolerance):
+                self._end(sample, own)
         return predicted
 
-    def _steps(self, after: int | None) -> int:
-        """Steps of a sample in all, as far as it is known."""
-        return self.settings.most_steps if after is None else self.settings.adaptive.wp + after
+    def _end(self, sample: _Sample, predicted: torch.Tensor) -> None:
+        # A copy of its own, where a view would keep the whole batch's table in memory.
+        labels = whole_map(predicted, sample.condition).to("cpu", copy=True, memory_format=torch.contiguous_format)
+        self.ended[sample.number] = _Ended(labels, sample.step, sample.entropy)
+        if self.trace:
+            dequantise = hbq.dequantize_bits if self.classes == 2 else hbq.dequantize_index
+            self.trace.add("final_latent", sample.number, dequantise(labels[None], self.model.config.rounds)[0])
 
-    def _target(self, step: int, after: int | None) -> float:
+    def _show(self, batch: _Batch, predicted: Sequence[torch.Tensor], observe: Callable[[StepMaps], None]) -> None:
+        for step in sorted({sample.step for sample in batch.samples}):
+            same = [(sample, own) for sample, own in zip(batch.samples, predicted) if sample.step == step]
+            samples = [sample for sample, _ in same]
+            observe(StepMaps(
+                step - 1, tuple(sample.number for sample in samples), tuple(sample.share for sample in samples),
+                frozenset(sample.number for sample in samples if sample.number in self.ended),
+                tuple(sample.condition for sample in samples), tuple(own for _, own in same),
+                tuple(sample.mixed for sample in samples)))
+
+    def _steps(self, sample: _Sample) -> int:
+        """Steps of a sample in all, as far as it is known."""
+        return self.settings.most_steps if sample.after is None else self.settings.adaptive.wp + sample.after
+
+    def _target(self, sample: _Sample) -> float:
         settings = self.settings
         wp = settings.adaptive.wp if settings.adaptive else 0
-        return predicted_share(adaptive_progress(step, settings.tmax, wp, after), settings.shift, settings.end_fraction)
+        place = adaptive_progress(sample.step, settings.tmax, wp, sample.after)
+        return predicted_share(place, settings.shift, settings.end_fraction)
 
-    def _temperature(self, group: _Group, step: int) -> float | torch.Tensor:
+    def _temperature(self, sample: _Sample) -> float:
         rule = self.settings.adaptive
-        if rule is None or not rule.temperature_factor or step < rule.wp:
+        if rule is None or not rule.temperature_factor or sample.after is None:
             return self.settings.temperature
-        by_sample = [self.settings.temperature * temperature_factor(after) for after in group.after]
-        return torch.tensor(by_sample, device=group.network.device)[group.network.sample_P]
+        return self.settings.temperature * temperature_factor(sample.after)
 
-    def _decide(self, group: _Group, prediction: Prediction) -> None:
-        """Adaptive sampling: fix the number of steps of the group's samples (all are at the same step)."""
-        entropy = self._entropies(group, prediction)
-        group.after = [steps_after(e, self.settings.adaptive, self.settings.tmax) for e in entropy]
-        self.entropies = entropy
+    def _decide(self, sample: _Sample, states_PC: torch.Tensor) -> None:
+        """Adaptive sampling: fix the sample's number of steps."""
+        sample.entropy = self._entropy(states_PC)
+        if math.isnan(sample.entropy):
+            raise UserError(f"sample {sample.number}: the network's prediction is not a number, so no number of steps "
+                            "follows from it; check the weights (grn-scale inspect), and the precision")
+        sample.after = steps_after(sample.entropy, self.settings.adaptive, self.settings.tmax)
         if self.trace:
-            for n, e, after in zip(group.members, entropy, group.after):
-                self.trace.add("decision_entropy", n, e)
-                self.trace.add("dynamic_steps", n, float(after))
+            self.trace.add("decision_entropy", sample.number, sample.entropy)
+            self.trace.add("dynamic_steps", sample.number, float(sample.after))
 
-    def _entropies(self, group: _Group, prediction: Prediction) -> list[float]:
-        """Mean relative entropy of each sample's conditional prediction."""
-        by_label = relative_entropy(self.model.head(prediction.conditional_PC))
-        return [part.double().mean().item() for part in by_label.split(group.network.predicted_counts)]
+    def _entropy(self, states_PC: torch.Tensor) -> float:
+        """Mean relative entropy of a sample's conditional prediction."""
+        return relative_entropy(self.model.head(states_PC)).double().mean().item()
 
-    def _without(self, group: _Group, ended: Sequence[bool]) -> _Group:
-        """The group's samples that have not ended."""
-        stay = [i for i, end in enumerate(ended) if not end]
-        members = tuple(group.members[i] for i in stay)
-        if not stay:
-            return _Group(group.network, (), *[group.noise[:0]] * 3, [], [])
-        rows = ~torch.tensor(ended, device=group.network.device)[group.network.sample_P]
-        network = GuidedNetwork(self.model, [group.network.conditions[i] for i in stay])
-        return _Group(network, members, group.counter_PD[rows], group.noise[rows], group.mixed[rows],
-                      [group.shares[i] for i in stay], [group.after[i] for i in stay])
+    def _key(self, purpose: str, number: int, *step: int) -> int:
+        return keyed.as_int64(keyed.key64(self.seed, purpose, self.first_draw + number, *step))
 
-    def _random(self, network: GuidedNetwork, members: Sequence[int], counter_PD: torch.Tensor, purpose: str,
-                *key: int) -> torch.Tensor:
-        """int64 [P, D] in [0, 2^32), keyed by seed, purpose, sample and label."""
-        keys = [keyed.as_int64(keyed.key64(self.seed, purpose, self.first_draw + n, *key)) for n in members]
-        keys_N = torch.tensor(keys, dtype=torch.int64, device=network.device)
-        return keyed.hash32(keys_N[network.sample_P, None], counter_PD)
+    def _hash(self, key_P: torch.Tensor, token_P: torch.Tensor) -> torch.Tensor:
+        """int64 [P, D] in [0, 2^32), for the number of each label inside its sample."""
+        counter_PD = token_P[:, None] * self.channels + torch.arange(self.channels, device=token_P.device)
+        return keyed.hash32(key_P[:, None], counter_PD)
 
-    def _given(self, group: _Group, name: str, step: int) -> torch.Tensor:
-        return flatten_maps([self.draws.step(name, n, step) for n in group.members], group.network.device)
+    def _random(self, batch: _Batch, purpose: str) -> torch.Tensor:
+        """int64 [P, D] in [0, 2^32), keyed by seed, purpose, sample, its step and label."""
+        keys = [self._key(purpose, sample.number, sample.step) for sample in batch.samples]
+        return self._hash(batch.by_token(keys), batch.token_P)
 
-    def _maps(self, group: _Group, flat_PD: torch.Tensor) -> list[torch.Tensor]:
-        return unflatten_maps(flat_PD, group.network.conditions, whole=False)
+    def _given(self, batch: _Batch, name: str) -> torch.Tensor:
+        return torch.cat([flatten_map(self.draws.step(name, sample.number, sample.step), batch.network.device)
+                          for sample in batch.samples])
 
-    def _record_step(self, group: _Group, prediction: Prediction, predicted: torch.Tensor, mask: torch.Tensor,
-                     fed: Sequence[float], guidance: Sequence[float], targets: Sequence[float],
-                     temperature: float | torch.Tensor) -> None:
-        counts, head = group.network.predicted_counts, self.model.head
-        tokens = {"cond_logits": head.logits(prediction.conditional_PC).split(counts),
-                  "probs": probabilities(prediction.scores, temperature).split(counts)}
+    def _record(self, batch: _Batch, prediction: Prediction, predicted_PD: torch.Tensor, mask_PD: torch.Tensor,
+                fed: Sequence[float], guidance: Sequence[float], targets: Sequence[float],
+                temperature_P: torch.Tensor) -> None:
+        """Add the step to the trace; the samples already hold its mixed map and share."""
+        head = self.model.head
+        tables = {"cond_logits": head.logits(prediction.conditional_PC),
+                  "probs": probabilities(prediction.scores, temperature_P)}
         if self.both:
-            tokens["uncond_logits"] = head.logits(prediction.unconditional_UC).split(counts)
-        entropy = self._entropies(group, prediction)
-        maps = {"sampled_labels": self._maps(group, predicted), "mixed_labels_out": self._maps(group, group.mixed),
-                "use_predict_mask": self._maps(group, mask.to(torch.uint8))}
-        for i, n in enumerate(group.members):
-            numbers = {"cur_pt": fed[i], "next_pt_target": targets[i], "next_pt_realised": group.shares[i],
-                       "cfg_used": guidance[i], "entropy": entropy[i]}
+            tables["uncond_logits"] = head.logits(prediction.unconditional_UC)
+        by_sample = {name: batch.by_sample(table) for name, table in tables.items()}
+        maps = {"sampled_labels": batch.by_sample(predicted_PD),
+                "use_predict_mask": batch.by_sample(mask_PD.to(torch.uint8)),
+                "mixed_labels_out": [sample.mixed for sample in batch.samples]}
+        states = batch.by_sample(prediction.conditional_PC)
+        for i, sample in enumerate(batch.samples):
+            numbers = {"cur_pt": fed[i], "next_pt_target": targets[i], "next_pt_realised": sample.share,
+                       "cfg_used": guidance[i], "entropy": self._entropy(states[i])}
             for name, value in numbers.items():
-                self.trace.add(name, n, float(value))
-            for name, values in (tokens | maps).items():
-                self.trace.add(name, n, values[i])
+                self.trace.add(name, sample.number, float(value))
+            for name, values in by_sample.items():
+                self.trace.add(name, sample.number, values[i])
+            for name, values in maps.items():
+                self.trace.add(name, sample.number, unflatten_map(values[i], sample.condition))
 
-    def _record_result(self, n: int, labels: torch.Tensor) -> None:
-        dequantise = hbq.dequantize_bits if self.classes == 2 else hbq.dequantize_index
-        self.trace.add("final_latent", n, dequantise(labels[None], self.model.config.rounds)[0])
 
+def _token_numbers(condition: Condition) -> torch.Tensor:
+    """int64: number of each predicted token in its clip, a given first frame counted too, as in training's noise."""
+    grid = condition.grid(condition.text_states)
+    return torch.arange(grid.visual_tokens - grid.predicted_tokens, grid.visual_tokens)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from grn_scale import hbq
-from grn_scale.config.schema import ModelConfig
+from grn_scale.config.schema import LabelledShape
 from grn_scale.tokenizer.clips import to_frames, to_video
 from grn_scale.tokenizer.video import VideoTokenizer
 
@@ -22,14 +22,14 @@ BATCH_CELLS = 2048
 """Latent cells decoded at once: small clips of one shape go together, a longer clip goes latent by latent."""
 
 
-def to_features(labels: torch.Tensor, config: ModelConfig) -> torch.Tensor:
+def to_features(labels: torch.Tensor, config: LabelledShape) -> torch.Tensor:
     """fp32 features [B, d, t, h, w] of labels [B, D, t, h, w] in the model's label form."""
     return (hbq.dequantize_bits if config.label_form == "bit" else hbq.dequantize_index)(labels, config.rounds)
 
 
 @torch.inference_mode()
 def decode_clips(tokenizer: VideoTokenizer, labels: Iterable[torch.Tensor],
-                 config: ModelConfig) -> Iterator[np.ndarray]:
+                 config: LabelledShape) -> Iterator[np.ndarray]:
     """uint8 RGB frames [T, H, W, 3] of each clip's labels [D, t, h, w], in their order.
 
     The memory is that of BATCH_CELLS latent cells, or of one latent frame where that is more, and of the frames.
@@ -55,7 +55,7 @@ def _batches(items: Iterable[torch.Tensor], size: int) -> Iterator[list[torch.Te
 
 
 @torch.inference_mode()
-def encode_first_frame(tokenizer: VideoTokenizer, frame: np.ndarray, config: ModelConfig) -> torch.Tensor:
+def encode_first_frame(tokenizer: VideoTokenizer, frame: np.ndarray, config: LabelledShape) -> torch.Tensor:
     """uint8 labels [D, 1, h, w] on the CPU of a picture, uint8 RGB [H, W, 3] of whole latent cells."""
     features = tokenizer.encode(to_video(frame[None, None]).to(next(tokenizer.parameters()).device)).float()
     quantise = hbq.quantize_bits if config.label_form == "bit" else hbq.quantize_index

@@ -33,9 +33,11 @@ class History:
         return self._frames.get(layer)
 
     def put(self, layer: nn.Module, x: torch.Tensor, frames: int) -> None:
-        """Remember the last `frames` frames of x [B, C, T, H, W] (a copy, so that x itself can be freed)."""
-        if self._keep:
-            self._frames[layer] = x[:, :, -frames:].clone()
+        """Remember the last `frames` frames of x [B, C, T, H, W], zeros before the first (a copy: x can be freed)."""
+        if self._keep and frames:
+            last = x[:, :, -frames:]
+            missing = frames - last.shape[2]
+            self._frames[layer] = F.pad(last, (0, 0, 0, 0, missing, 0)) if missing else last.clone()
 
 
 class CausalConv3d(nn.Conv3d):
@@ -46,23 +48,36 @@ class CausalConv3d(nn.Conv3d):
         super().__init__(in_channels, out_channels, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
 
     def forward(self, x: torch.Tensor, history: History) -> torch.Tensor:
-        past = self.kernel_size[0] - 1
-        if past == 0:
-            return super().forward(x)
-        before = history.get(self)
-        if before is None and x.shape[2] == 1:
-            # A lone first frame has only zeros before it: the 2D convolution of the last tap, at a third of the work.
-            history.put(self, x, 1)
-            return F.conv2d(x.squeeze(2), self.weight[:, :, -1], self.bias, padding=self.padding[1:]).unsqueeze(2)
-        missing = past if before is None else past - before.shape[2]
-        parts = [x] if before is None else [before, x]
-        if missing:
-            parts.insert(0, x.new_zeros(x.shape[0], x.shape[1], missing, *x.shape[3:]))
-        x = torch.cat(parts, 2)
-        history.put(self, x, past)
+        past = self._past(x, history)
+        return self.valid(torch.cat((past, x), 2) if past.shape[2] else x, history)
+
+    def room(self, x: torch.Tensor, history: History) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `valid` takes of a tensor like x: the past is there, and the second result is where to write x."""
+        past = self._past(x, history)
+        begin = past.shape[2]
+        whole = x.new_empty(x.shape[0], begin + x.shape[2], *x.shape[3:], x.shape[1]).movedim(-1, 1)
+        whole[:, :, :begin] = past
+        return whole, whole[:, :, begin:]
+
+    def valid(self, x: torch.Tensor, history: History) -> torch.Tensor:
+        """The convolution of x that has the frames before it in front already."""
+        history.put(self, x, self.kernel_size[0] - 1)
+        weight = self.weight[:, :, -x.shape[2]:]  # with one frame, its past are zeros: the last tap does
+        if self.kernel_size[1:] == (1, 1):
+            return matrix_conv(x, weight, self.bias)
+        if x.shape[2] == 1:
+            return F.conv2d(x.squeeze(2), weight.squeeze(2), self.bias, padding=self.padding[1:]).unsqueeze(2)
         if x.device.type == "cpu" and x.shape[0] == 1 and x.shape[1:4].numel() <= SLOW_CONV3D_NUMEL:
             return self._by_frames(x)
         return super().forward(x)
+
+    def _past(self, x: torch.Tensor, history: History) -> torch.Tensor:
+        """The frames before x that the kernel reaches: those kept, zeros, or none before a lone first frame."""
+        before = history.get(self)
+        if before is not None:
+            return before
+        frames = 0 if x.shape[2] == 1 else self.kernel_size[0] - 1
+        return x.new_zeros(x.shape[0], frames, *x.shape[3:], x.shape[1]).movedim(-1, 1)
 
     def _by_frames(self, x: torch.Tensor) -> torch.Tensor:
         """The same convolution in 2D: the taps of each frame side by side as channels, the frames as a batch."""
@@ -81,9 +96,38 @@ class ChannelNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(channels, *(1,) * dims))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # The sum of squares runs much faster on CPUs than torch's vector norm over a strided axis.
-        inverse = x.square().sum(dim=1, keepdim=True).clamp_min(1e-24).rsqrt()
-        return x * inverse * (self.scale * self.gamma)
+        return self.inverse_norm(x) * x * (self.scale * self.gamma)
+
+    def write(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """The same into `out`, where no gradient is recorded. Fresh memory costs more time than the arithmetic."""
+        return torch.mul(x, self.inverse_norm(x), out=out).mul_(self.scale * self.gamma)
+
+    @staticmethod
+    def inverse_norm(x: torch.Tensor) -> torch.Tensor:
+        """[B, 1, ...]. Ten times as quick where memory is channels last as where channels are strided."""
+        return torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(1e-12).reciprocal()
+
+
+def normed_conv(norm: ChannelNorm, conv: CausalConv3d, x: torch.Tensor, history: History) -> torch.Tensor:
+    """conv(silu(norm(x)))."""
+    if torch.is_grad_enabled() and (x.requires_grad or norm.gamma.requires_grad):
+        return conv(F.silu(norm(x)), history)
+    whole, inside = conv.room(x, history)
+    F.silu(norm.write(x, inside), inplace=True)
+    return conv.valid(whole, history)
+
+
+def matrix_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, stride: int = 1) -> torch.Tensor:
+    """A convolution over time at most, without padding, as one matrix product; torch's own kernels are slow on CPUs.
+
+    x: [B, C, T, H, W], weight [out, C, taps, 1, 1] and a stride over time, or [B, C, H, W] with [out, C, 1, 1].
+    """
+    taps = weight.shape[2]
+    if taps > 1:
+        end = x.shape[2] - taps + 1
+        x = torch.cat([x[:, :, tap:tap + end:stride] for tap in range(taps)], 1)
+        weight = weight.transpose(1, 2)
+    return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
 
 
 def run(layers: nn.Module, x: torch.Tensor, history: History) -> torch.Tensor:
@@ -103,8 +147,9 @@ class ResidualBlock(nn.Module):
         self.shortcut = CausalConv3d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: torch.Tensor, history: History) -> torch.Tensor:
-        straight = x if self.shortcut is None else self.shortcut(x, history)
-        return straight + run(self.residual, x, history)
+        norm1, _, conv1, norm2, _, _, conv2 = self.residual
+        y = normed_conv(norm2, conv2, normed_conv(norm1, conv1, x, history), history)
+        return y.add_(x if self.shortcut is None else self.shortcut(x, history))
 
 
 def frames_to_batch(x: torch.Tensor) -> torch.Tensor:
@@ -133,10 +178,10 @@ class MidAttention(nn.Module):
         if not self.enabled:
             return x
         frames = frames_to_batch(x)
-        qkv = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2).unsqueeze(1)
-        q, k, v = qkv.chunk(3, dim=-1)
+        qkv = matrix_conv(self.norm(frames), self.to_qkv.weight, self.to_qkv.bias)
+        q, k, v = qkv.flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=-1)
         mixed = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2).reshape(frames.shape)
-        return x + batch_to_frames(self.proj(mixed), x.shape[0])
+        return x + batch_to_frames(matrix_conv(mixed, self.proj.weight, self.proj.bias), x.shape[0])
 
 
 class Downsample(nn.Module):
@@ -153,9 +198,11 @@ class Downsample(nn.Module):
             return x
         before = history.get(self)
         history.put(self, x, 1)
-        if before is not None:
-            return self.time_conv(torch.cat([before, x], 2))
-        return torch.cat([x[:, :, :1], self.time_conv(x)], 2) if x.shape[2] > 1 else x
+        if before is None and x.shape[2] == 1:
+            return x
+        halved = matrix_conv(x if before is None else torch.cat([before, x], 2), self.time_conv.weight,
+                             self.time_conv.bias, stride=2)
+        return torch.cat([x[:, :, :1], halved], 2) if before is None else halved
 
 
 class Upsample(nn.Module):
@@ -172,8 +219,8 @@ class Upsample(nn.Module):
             # Frame 0 passes as it is and never enters the time convolution's past.
             head, x = (x[:, :, :1], x[:, :, 1:]) if history.first else (x[:, :, :0], x)
             if x.shape[2]:
-                x = self.time_conv(x, history).unflatten(1, (2, -1))  # [B, 2, C, T, H, W]
-                x = x.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)  # half 0 is frame 2j, half 1 is frame 2j + 1
+                x = self.time_conv(x, history).movedim(1, -1).unflatten(-1, (2, -1))  # [B, T, H, W, 2, C]
+                x = x.movedim(-2, 2).flatten(1, 2).movedim(-1, 1)  # half 0 is frame 2j, half 1 is frame 2j + 1
             x = torch.cat([head, x], 2)
         return batch_to_frames(self.resample(frames_to_batch(x)), x.shape[0])
 
@@ -183,24 +230,31 @@ def average_shortcut(x: torch.Tensor, out_channels: int, ft: int, fs: int) -> to
     if x.shape[2] % ft:
         x = F.pad(x, (0, 0, 0, 0, 1, 0))
     b, c, t, h, w = x.shape
-    x = x.reshape(b, c, t // ft, ft, h // fs, fs, w // fs, fs).permute(0, 1, 3, 5, 7, 2, 4, 6)
-    return x.reshape(b, out_channels, -1, t // ft, h // fs, w // fs).mean(2)
+    x = x.movedim(1, -1).reshape(b, t // ft, ft, h // fs, fs, w // fs, fs, c).permute(0, 1, 3, 5, 7, 2, 4, 6)
+    return x.reshape(b, t // ft, h // fs, w // fs, out_channels, -1).mean(-1).movedim(-1, 1)
 
 
-def duplicate_shortcut(x: torch.Tensor, out_channels: int, ft: int, fs: int, first: bool) -> torch.Tensor:
-    """Channels repeated, then spread over blocks of (ft, fs, fs); frame 0 of a clip becomes one frame, not ft."""
-    b, c, t, h, w = x.shape
-    x = x.repeat_interleave(out_channels * ft * fs * fs // c, dim=1)
-    x = x.reshape(b, out_channels, ft, fs, fs, t, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
-    x = x.reshape(b, out_channels, t * ft, h * fs, w * fs)
-    return x[:, :, ft - 1:] if first else x
+def add_duplicate_shortcut(y: torch.Tensor, x: torch.Tensor, ft: int, fs: int, first: bool) -> torch.Tensor:
+    """y plus x [B, C, T, H, W] enlarged by (ft, fs, fs): each channel repeated, then spread over blocks. y changes.
+
+    Frame 0 of a clip becomes one frame, not ft: it is the last one of its block.
+    """
+    if x.shape[1] < y.shape[1]:
+        x = x.repeat_interleave(y.shape[1] // x.shape[1], dim=1)
+    step = x.shape[1] // y.shape[1]
+    block = ft * fs * fs
+    for number in range(block):
+        i, j, k = number // (fs * fs), number // fs % fs, number % fs
+        begin = i - (ft - 1) * first  # frame of y that frame 0 of x gives
+        y[:, :, begin % ft::ft, j::fs, k::fs] += x[:, number * step // block::step, begin < 0:]
+    return y
 
 
 def patchify(video: torch.Tensor) -> torch.Tensor:
     """[B, 3, T, H, W] -> [B, 12, T, H/2, W/2]; new channel = c*4 + column in patch * 2 + row in patch."""
     b, c, t, h, w = video.shape
-    blocks = video.reshape(b, c, t, h // 2, 2, w // 2, 2).permute(0, 1, 6, 4, 2, 3, 5)
-    return blocks.reshape(b, c * 4, t, h // 2, w // 2)
+    blocks = video.reshape(b, c, t, h // 2, 2, w // 2, 2).permute(0, 2, 3, 5, 1, 6, 4)
+    return blocks.reshape(b, t, h // 2, w // 2, c * 4).movedim(-1, 1)
 
 
 def unpatchify(x: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 SPIECE = "spiece.model"
+MOST_TOKENS = 512
+"""Text token k turns by time position k; from 512 on these positions belong to the noise level and the frames."""
 
 
 def clean_caption(text: str) -> str:
@@ -39,11 +41,13 @@ def clean_caption(text: str) -> str:
 def tagged_caption(caption: str, task: str, task_tags: bool) -> str:
     """The text that is encoded for a cleaned caption: the tag stands directly before it, without a space.
 
-    The empty caption has no tag, and neither has any caption of a model without task tags.
+    The empty caption has no tag, and neither has any caption of a model without task tags. A caption that begins with
+    the task's tag, as prompts for the official code do, keeps that one. UserError for an unknown task.
     """
     if task not in TASKS:
         raise UserError(f"task is {task!r}, but must be one of {', '.join(TASKS)}")
-    return f"<{task}>{caption}" if task_tags and caption else caption
+    tag = f"<{task}>"
+    return f"{tag}{caption}" if task_tags and caption and not caption.startswith(tag) else caption
 
 
 def text_key(text: str, fingerprint: str) -> str:
@@ -93,7 +97,8 @@ class TextEncoder:
 def load_text_encoder(folder: str | Path, max_tokens: int, device: str | torch.device = "cpu") -> TextEncoder:
     """Text encoder of a Hugging Face folder: config.json, safetensors weights and spiece.model, local files only.
 
-    The precision is the stored one. Raises UserError naming what the folder lacks or what cannot be read.
+    The precision is the stored one. Raises UserError naming what the folder lacks or what cannot be read, and where
+    max_tokens is not between 1 and MOST_TOKENS.
     """
     import sentencepiece
     from safetensors import SafetensorError
@@ -101,6 +106,9 @@ def load_text_encoder(folder: str | Path, max_tokens: int, device: str | torch.d
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    if not 1 <= max_tokens <= MOST_TOKENS:
+        raise UserError(f"text.max_tokens is {max_tokens}, but the model has positions for 1 to {MOST_TOKENS} text "
+                        "tokens: longer captions are cut")
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"text.encoder: no folder {str(folder)!r}; give the Hugging Face folder of a UMT5 encoder")

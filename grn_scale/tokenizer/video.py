@@ -22,8 +22,9 @@ from grn_scale.tokenizer.layers import (
     MidAttention,
     ResidualBlock,
     Upsample,
+    add_duplicate_shortcut,
     average_shortcut,
-    duplicate_shortcut,
+    normed_conv,
     patchify,
     run,
     unpatchify,
@@ -74,7 +75,7 @@ class DecoderStage(nn.Module):
 
     def forward(self, x: torch.Tensor, history: History) -> torch.Tensor:
         y = run(self.upsamples, x, history)
-        return y if self.fs == 1 else y + duplicate_shortcut(x, self.out_channels, self.ft, self.fs, history.first)
+        return y if self.fs == 1 else add_duplicate_shortcut(y, x, self.ft, self.fs, history.first)
 
 
 class Encoder(nn.Module):
@@ -96,7 +97,7 @@ class Encoder(nn.Module):
         x = self.conv1(x, history)
         for stage in self.downsamples:
             x = stage(x, history)
-        return run(self.head, run(self.middle, x, history), history)
+        return normed_conv(self.head[0], self.head[2], run(self.middle, x, history), history)
 
 
 class Decoder(nn.Module):
@@ -118,7 +119,7 @@ class Decoder(nn.Module):
         x = run(self.middle, self.conv1(x, history), history)
         for stage in self.upsamples:
             x = stage(x, history)
-        return run(self.head, x, history)
+        return normed_conv(self.head[0], self.head[2], x, history)
 
 
 class VideoTokenizer(nn.Module):

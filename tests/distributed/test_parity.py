@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import lru_cache
 
 import pytest
 import torch
 
 from tests.helpers.parity import MODEL, Trace, gather, parity_config, plain_run
-from tests.helpers.rank_pool import RankPool
+from tests.helpers.rank_pool import RankPools
 
 STEPS = 20
 LAYOUTS = {
@@ -25,18 +24,8 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def pools() -> Iterator[dict[int, RankPool]]:
-    started: dict[int, RankPool] = {}
-    yield started
-    for pool in started.values():
-        pool.close()
-
-
-def run(pools: dict[int, RankPool], ranks: int, config, steps: int, empty: bool = False) -> list[dict]:
-    if ranks not in pools or not pools[ranks].alive:
-        pools[ranks] = RankPool(ranks)
-    return pools[ranks].run("tests.helpers.parity:engine_run", config=config, steps=steps, empty=empty)
+def run(pools: RankPools, ranks: int, config, steps: int, empty: bool = False) -> list[dict]:
+    return pools.run(ranks, "tests.helpers.parity:engine_run", config=config, steps=steps, empty=empty)
 
 
 @lru_cache
@@ -118,9 +107,7 @@ def test_a_rank_with_empty_packs_only_takes_part_in_the_step(pools, precision: s
 @pytest.mark.parametrize("precision,stage", [("fp32", 0), ("fp32", 1), ("bf16", 1)])
 def test_a_step_that_is_not_finite_is_skipped_on_every_rank_and_leaves_nothing_behind(
         pools, precision, stage, where) -> None:
-    if 2 not in pools or not pools[2].alive:
-        pools[2] = RankPool(2)
-    results = pools[2].run("tests.helpers.parity:run_with_a_poisoned_step",
-                           config=parity_config(precision=precision, stage=stage), where=where)
+    results = pools.run(2, "tests.helpers.parity:run_with_a_poisoned_step",
+                        config=parity_config(precision=precision, stage=stage), where=where)
     clean, poisoned = gather(results, "clean"), gather(results, "poisoned")
     assert all(torch.equal(poisoned[name], weight) for name, weight in clean.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -39,28 +40,64 @@ def arguments(dataset: Path, output: Path, *more: str) -> list[str]:
             "train.precision=fp32", "schedule.warmup_steps=2", "optimizer.lr=2e-3", "optimizer.clip_norm=1.0", *more]
 
 
-def test_a_class_model_trains_resumes_exactly_and_samples(dataset, tmp_path):
-    grn_scale(*arguments(dataset, tmp_path / "a"))
+@pytest.fixture(scope="module")
+def trained(dataset, tmp_path_factory) -> Path:
+    """A finished run; not to be changed."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    grn_scale(*arguments(dataset, folder))
+    return folder
+
+
+def test_a_class_model_trains_resumes_exactly_and_samples(dataset, trained, tmp_path):
     grn_scale(*arguments(dataset, tmp_path / "b", "train.steps=4"))
     grn_scale(*arguments(dataset, tmp_path / "b", "--resume", "auto"))
     for ema in (False, True):
-        weights = load_weights(tmp_path / "a", ema=ema)
+        weights = load_weights(trained, ema=ema)
         assert all(torch.equal(value, load_weights(tmp_path / "b", ema=ema)[name]) for name, value in weights.items())
-    rows = read_metrics(tmp_path / "a" / "metrics.jsonl")
+    rows = read_metrics(trained / "metrics.jsonl")
     assert rows[0]["validation_loss"] == pytest.approx(torch.tensor(16.0).log().item(), abs=1e-4)
     assert rows[8]["loss"] < rows[1]["loss"] and rows[1]["model_tflops_per_second"] > 0
-    images = generate(load_model(tmp_path / "a", ema=True), [0, 1, 2], ClassSamplingSettings(steps=4))
+    images = generate(load_model(trained, ema=True), [0, 1, 2], ClassSamplingSettings(steps=4))
     assert images.labels.shape == (3, 4, 2, 2)
     for form, output in (("official", tmp_path / "a.pth"), ("hf", tmp_path / "hf")):
-        assert main(["convert", "--input", str(tmp_path / "a"), "--from", "native", "--to", form, "--output",
+        assert main(["convert", "--input", str(trained), "--from", "native", "--to", form, "--output",
                      str(output)]) == 0
     again = generate(load_model(tmp_path / "hf"), [0, 1, 2], ClassSamplingSettings(steps=4))
     assert torch.equal(again.labels, images.labels)
     text = ("model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "model.text_hidden_size=64")
-    done = grn_scale("train", *text, f"data.dataset={dataset}/tokens", f"output={tmp_path}/a", "--resume", "must",
+    done = grn_scale("train", *text, f"data.dataset={dataset}/tokens", f"output={tmp_path}/b", "--resume", "must",
                      f"tokenizer.path={dataset}/tokenizer.safetensors", "model.latent_channels=4",
                      "model.task_tags=false", "data.token_budget=128", "data.validation_fraction=0.2", expect=2)
     assert "another kind of model" in done.stderr
+
+
+def test_the_run_is_sampled_by_class_and_measured_on_held_out_images(trained, tmp_path, capsys):
+    assert main(["sample", "--run", str(trained), "--class", "2", "sampling.steps=3", f"output={tmp_path}/out"]) == 0
+    assert json.loads((tmp_path / "out/samples.json").read_text())["samples"] == [
+        {"file": "0000.png", "draw": 0, "class_id": 2, "steps": 3}]
+
+    capsys.readouterr()
+    results = {}
+    for weights, flags in (("ema", ()), ("raw", ("--raw",))):
+        assert main(["evaluate", "--run", str(trained), "--held-out", "--packs", "2", *flags, "--json",
+                     f"output={tmp_path}/{weights}"]) == 0
+        results[weights] = json.loads(capsys.readouterr().out)["held_out"]
+        assert results[weights]["weights"] == weights and len(results[weights]["loss_by_noise"]) == 10
+        same = results[weights]["training_and_sampling"]
+        assert same["samples"] == results[weights]["samples"] > 0
+        assert same["largest_score_difference"] < 1e-4 * max(1.0, same["score_standard_deviation"])
+    validated = read_metrics(trained / "metrics.jsonl")[-1]["validation_loss"]
+    assert results["raw"]["loss"] == pytest.approx(validated, rel=1e-5) != pytest.approx(results["ema"]["loss"])
+
+
+@pytest.mark.parametrize("change,code,message", [
+    (("data.validation_fraction=0.5",), 2, "some of these samples were trained on"),
+    (("data.dataset=",), 2, "data.dataset is not set"), (("--packs", "0"), 2, "--packs is 0"),
+    (("data.dataset={nowhere}",), 1, "dataset.json")])
+def test_held_out_images_that_would_say_nothing_are_refused(trained, tmp_path, capsys, change, code, message):
+    changed = [part.format(nowhere=tmp_path) for part in change]
+    assert main(["evaluate", "--run", str(trained), "--held-out", *changed, f"output={tmp_path}/out"]) == code
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

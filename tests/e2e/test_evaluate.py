@@ -10,6 +10,7 @@ import yaml
 
 from grn_scale.cli import main
 from tests.helpers.clips import caption
+from tests.helpers.evaluation import NETWORK_OPTIONS, write_network
 from tests.helpers.jobs import grn_scale, train_arguments, write_dataset
 
 
@@ -55,11 +56,52 @@ def test_the_fitted_rule_has_the_mean_that_was_asked_for_and_can_be_sampled_with
     assert len(set(steps)) > 1 and 4 <= min(steps) and max(steps) <= 12
 
 
+def test_clips_are_reconstructed_round_by_round_without_a_run(made, tmp_path, capsys):
+    assert main(["evaluate", "--reconstruct", f"data.manifest={made}/clips.jsonl", "tokenize.fps=16",
+                 "tokenize.latent_side=2", "tokenize.max_frames=9", f"tokenizer.path={made}/tokenizer.safetensors",
+                 f"output={tmp_path}/out", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)["reconstruction"]
+    assert (result["clips"], result["undecodable_clips"], result["frames"]) == (24, 0, 24 * 9)
+    rows = [json.loads(line) for line in (tmp_path / "out/reconstruction.jsonl").read_text().splitlines()]
+    assert [row["line"] for row in rows] == list(range(1, 25)) and rows[0]["shape"] == [9, 32, 32]
+    for m, entry in enumerate(result["by_rounds"]):
+        assert entry["rounds"] == m + 1 and len(rows[0]["psnr_db"]) == result["rounds"] == len(result["by_rounds"])
+        assert entry["psnr_db"] == pytest.approx(sum(row["psnr_db"][m] for row in rows) / 24)
+        assert entry["ssim"] == pytest.approx(sum(row["ssim"][m] for row in rows) / 24)
+    assert (tmp_path / "out/reconstruction.png").stat().st_size > 1000
+
+
+def test_drawn_samples_and_a_folder_of_them_have_the_same_distance_to_stored_statistics(made, tmp_path, capsys):
+    network = [str(write_network(tmp_path / "clips.pt", clips=True)), "--input", "clips", "--clip-frames", "5"]
+    compare = ["evaluate", "--features", *network, *NETWORK_OPTIONS, "tokenize.fps=16", "tokenize.latent_side=2",
+               "tokenize.max_frames=9", "--json"]
+    real = ["--real", f"{made}/clips.jsonl", "--save-statistics", f"{tmp_path}/real.npz"]
+    assert main([*compare, *real, f"output={tmp_path}/real"]) == 0
+    assert json.loads(capsys.readouterr().out)["features"]["real"]["samples"] == 24
+    stored = ["--statistics", f"{tmp_path}/real.npz"]
+    assert main([*compare, *stored, "--generate", "--prompts", f"{made}/prompts.txt", "--run", f"{made}/run",
+                 f"text.encoder={made}/text", "train.precision=fp32", "sampling.tmax=3", "sampling.steps=3",
+                 f"output={tmp_path}/drawn"]) == 0
+    drawn = json.loads(capsys.readouterr().out)
+    assert drawn["generated"]["samples"] == drawn["features"]["samples"]["samples"] == 8
+    assert main([*compare, *stored, "--samples", f"{tmp_path}/drawn/samples", f"output={tmp_path}/again"]) == 0
+    again = json.loads(capsys.readouterr().out)["features"]
+    assert again["frechet_distance"] == drawn["features"]["frechet_distance"] > 0
+    assert again["inception_score"]["mean"] >= 1 and again["reference_samples"] == 24
+    assert main([*compare, *stored, "--samples", f"{tmp_path}/drawn/samples", f"output={tmp_path}/other",
+                 "--resize", "8x8"]) == 1
+    assert "resize None there, [8, 8] here" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("more", "message"), [
     ((), "say what to measure"),
     (("--calibrate-steps",), "needs --prompts"),
     (("--calibrate-steps", "--prompts", "/nowhere"), "cannot read /nowhere"),
     (("--held-out", "data.validation_fraction=0.5"), "some of these samples were trained on"),
+    (("--reconstruct",), "data.manifest is not set"),
+    (("--generate",), "needs --prompts"),
+    (("--features", "n.pt"), "needs samples to judge"),
+    (("--features", "n.pt", "--samples", "a", "--generate"), "judge a folder, or samples that are drawn now"),
 ])
 def test_what_is_missing_is_named_and_nothing_is_written(made, tmp_path, capsys, more, message):
     assert main(arguments(made, tmp_path / "out", *more)) == (1 if "/nowhere" in more else 2)

@@ -10,6 +10,11 @@ import numpy as np
 import torch
 
 from grn_scale.batch import Draw, Sample
+from grn_scale.checkpoint.chunks import narrow
+from grn_scale.class_to_image import ClassGRN
+from grn_scale.class_to_image import build_model as build_class_model
+from grn_scale.class_to_image.batch import ClassBatch, batch_loss
+from grn_scale.config.class_schema import ClassConfig
 from grn_scale.config.schema import (
     Config,
     DataConfig,
@@ -23,6 +28,7 @@ from grn_scale.config.schema import (
 from grn_scale.model import GRN, build_model
 from grn_scale.model.loss import label_loss
 from grn_scale.model.pack import PackedBatch, assemble
+from tests.helpers.class_parity import class_batches_of_step
 
 PACKS, BUDGET = 4, 128
 MODEL = ModelConfig(hidden_size=32, num_layers=4, num_heads=4, ffn_hidden_size=64, num_chunks=2, text_hidden_size=16,
@@ -71,7 +77,9 @@ def packs_of_step(step: int, config: Config, empty: bool = False) -> tuple[list[
 
 
 def batches_of_step(step: int, config: Config, packs: Sequence[int] | None = None,
-                    empty: bool = False) -> list[PackedBatch]:
+                    empty: bool = False) -> list[PackedBatch] | list[ClassBatch]:
+    if isinstance(config, ClassConfig):
+        return class_batches_of_step(step, config, range(PACKS) if packs is None else packs, empty)
     samples, weights = packs_of_step(step, config, empty)
     chosen = range(PACKS) if packs is None else packs
     return [assemble(samples[i], weights, config=config.model, noise=config.noise, seed=config.seed,
@@ -84,11 +92,20 @@ class Trace:
     norms: list[float]
     weights: dict[str, torch.Tensor]
     average: dict[str, torch.Tensor]
+    gradients: dict[str, torch.Tensor]
+    """Of the first step, before clipping."""
 
 
-def plain_run(config: Config, steps: int, empty: bool = False) -> Trace:
-    """Plain torch: fp32 masters, and in bf16 a bf16 copy of the model whose gradients are added up in fp32."""
-    model = build_model(config.model, config.seed)
+def plain_run(config: Config, steps: int, empty: bool = False,
+              start: dict[str, torch.Tensor] | None = None) -> Trace:
+    """Plain torch: fp32 masters, and in bf16 a bf16 copy of the model whose gradients are added up in fp32.
+
+    start: weights to start from instead of the seed's.
+    """
+    build = build_class_model if isinstance(config, ClassConfig) else build_model
+    model = build(config.model, config.seed)
+    if start:
+        model.load_state_dict(start, strict=False)
     masters = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     if config.train.precision == "bf16":
         model = model.to(torch.bfloat16)
@@ -98,7 +115,7 @@ def plain_run(config: Config, steps: int, empty: bool = False) -> Trace:
     optimizer = torch.optim.SGD(groups, lr=settings.lr) if settings.name == "sgd" else torch.optim.AdamW(
         groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
     average = {name: p.detach().clone() for name, p in masters.items()}
-    trace = Trace([], [], {}, average)
+    trace = Trace([], [], {}, average, {})
     for step in range(steps):
         loss_sum = 0.0
         for master in masters.values():
@@ -111,6 +128,8 @@ def plain_run(config: Config, steps: int, empty: bool = False) -> Trace:
             for name, p in model.named_parameters():
                 masters[name].grad += p.grad.float()
         trace.losses.append(loss_sum)
+        if step == 0:
+            trace.gradients = {name: master.grad.clone() for name, master in masters.items()}
         trace.norms.append(torch.nn.utils.clip_grad_norm_(masters.values(), settings.clip_norm).item())
         optimizer.step()
         with torch.no_grad():
@@ -121,12 +140,14 @@ def plain_run(config: Config, steps: int, empty: bool = False) -> Trace:
     return trace
 
 
-def _loss(model: GRN, batch: PackedBatch) -> torch.Tensor:
+def _loss(model: GRN | ClassGRN, batch: PackedBatch | ClassBatch) -> torch.Tensor:
+    if isinstance(batch, ClassBatch):
+        return batch_loss(model, batch).weighted
     return label_loss(model(batch.input), batch.targets_PD, batch.sample_P, batch.label_weight_N).weighted
 
 
-def engine_run(config: Config, steps: int, empty: bool = False) -> dict:
-    """One rank of the engine's run; every rank returns the chunks it owns."""
+def engine_run(config: Config, steps: int, empty: bool = False, start: dict[str, torch.Tensor] | None = None) -> dict:
+    """One rank of the engine's run; every rank returns the chunks it owns. Arguments as of `plain_run`."""
     from megatron.core import parallel_state
 
     from grn_scale.parallel import groups
@@ -136,6 +157,8 @@ def engine_run(config: Config, steps: int, empty: bool = False) -> dict:
 
     try:
         engine = TrainEngine(config, device)
+        if start:
+            _start_from(engine, start)
         rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         losses, norms = [], []
         for step in range(steps):
@@ -150,6 +173,15 @@ def engine_run(config: Config, steps: int, empty: bool = False) -> dict:
             for name, chunks in sections.items()}}
     finally:
         parallel_state.destroy_model_parallel()
+
+
+def _start_from(engine, weights: dict[str, torch.Tensor]) -> None:
+    """Give the engine these weights, as a resume from a checkpoint of weights alone does."""
+    sections, parameters = engine.restore_chunks(0)
+    with torch.no_grad():
+        for chunk in (*sections["model"], *parameters):
+            chunk.tensor.copy_(narrow(weights[chunk.name], chunk.offset, chunk.tensor.shape))
+    engine.finish_restore(restart_average=True)
 
 
 def run_with_a_poisoned_step(config: Config, where: str) -> dict:

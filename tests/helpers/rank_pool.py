@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -34,6 +35,24 @@ def _serve(rank: int, size: int, port: int, connection: Connection) -> None:
             connection.send((True, getattr(importlib.import_module(module), function)(**arguments)))
         except BaseException:  # whatever it is, the test that asked for it must see it
             connection.send((False, traceback.format_exc()))
+        _destroy_subgroups()
+
+
+def _destroy_subgroups() -> None:
+    """Forget the process groups that a case has made: each has threads of its own, which add up over the cases.
+
+    Those that `groups.start` finds and takes again stay.
+    """
+    import torch.distributed as dist
+    from torch.distributed import distributed_c10d as c10d
+
+    from grn_scale.parallel import groups
+
+    if dist.is_initialized():
+        kept = (dist.group.WORLD, groups._host)
+        for group in [group for group in c10d._world.pg_map if group not in kept]:
+            dist.destroy_process_group(group)
+    gc.collect()  # engines refer to themselves, and to their groups
 
 
 class RankPool:
@@ -74,3 +93,20 @@ class RankPool:
             process.kill()
         for process in self.processes:
             process.join()
+
+
+class RankPools:
+    """A pool for each number of processes, started when it is first needed, and anew where a case has killed it."""
+
+    def __init__(self) -> None:
+        self._pools: dict[int, RankPool] = {}
+
+    def run(self, size: int, name: str, **arguments: Any) -> list[Any]:
+        """`RankPool.run` on `size` processes."""
+        if size not in self._pools or not self._pools[size].alive:
+            self._pools[size] = RankPool(size)
+        return self._pools[size].run(name, **arguments)
+
+    def close(self) -> None:
+        for pool in self._pools.values():
+            pool.close()

@@ -9,7 +9,7 @@ import torch
 
 from grn_scale.config import load_config
 from grn_scale.config.schema import AdaptiveConfig, ModelConfig
-from grn_scale.errors import ConfigError
+from grn_scale.errors import ConfigError, UserError
 from grn_scale.model import build_model
 from grn_scale.sampling import Condition, SamplingSettings, generate
 from grn_scale.sampling.steps import adaptive_progress, progress, steps_after, temperature_factor
@@ -19,9 +19,9 @@ CONFIG = ModelConfig(hidden_size=24, num_layers=2, num_heads=2, ffn_hidden_size=
 RULE = AdaptiveConfig(enabled=True, k=0.0, b=0.0, wp=3, tmin=5)
 
 
-@pytest.fixture(scope="module")
-def model():
-    model = build_model(CONFIG, seed=3)
+@pytest.fixture(scope="module", params=["v1", "v2"])
+def model(request):
+    model = build_model(dataclasses.replace(CONFIG, layout=request.param), seed=3)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4)  # predictions that differ between samples
@@ -78,11 +78,44 @@ def test_what_a_sample_becomes_does_not_depend_on_its_company(model):
         assert torch.equal(generate(model, [alone], rule, seed=1, first_draw=n).labels[0], together[n])
 
 
+def test_a_place_that_becomes_free_is_taken_at_once_and_changes_no_sample(model):
+    asked, rule, seen = conditions(9), settings(k=40.0, b=-25.0), []
+    room = 3 * max(one.tokens(guided=True) for one in asked)
+    queued = generate(model, asked, rule, seed=1, max_tokens=room,
+                      observe=lambda maps: seen.append((maps.samples, maps.step, maps.ended)))
+    for n, alone in enumerate(asked):
+        single = generate(model, [alone], rule, seed=1, first_draw=n)
+        assert torch.equal(queued.labels[n], single.labels[0])
+        assert (queued.steps[n], queued.entropies[n]) == (single.steps[0], pytest.approx(single.entropies[0], abs=1e-6))
+    assert len(set(queued.steps)) > 2
+    # Each sample takes its steps one after the other, is told to have ended at its last, and costs no call afterwards.
+    for n, steps in enumerate(queued.steps):
+        own = [(step, n in ended) for samples, step, ended in seen if n in samples]
+        assert own == [(step, step == steps - 1) for step in range(steps)]
+    assert sum(len(samples) for samples, _, _ in seen) == sum(queued.steps)
+
+
+def test_the_network_is_called_for_the_steps_that_samples_take_in_few_full_calls(model):
+    asked, rows = conditions(12), []
+    room = 4 * max(one.tokens(guided=True) for one in asked)
+    hook = next(model.blocks()).register_forward_pre_hook(
+        lambda _, inputs: rows.append(len(inputs[1].visual_rows)))
+    result = generate(model, asked, settings(k=40.0, b=-25.0), seed=1, max_tokens=room)
+    hook.remove()
+    rows = [count for count in rows if count]  # texts alone have no visual row
+    visual = [2 * one.grid(one.text_states).visual_tokens for one in asked]
+    assert sum(rows) == sum(count * steps for count, steps in zip(visual, result.steps))
+    # Without refilling, each third of the samples would take as many calls as its slowest sample has steps.
+    in_turn = sum(max(result.steps[n:n + 4]) for n in (0, 4, 8))
+    assert len(rows) < in_turn
+
+
 def test_a_recorded_run_replays_from_its_own_draws(model):
     asked, rule = conditions(3), settings(k=40.0, b=-25.0)
     result = generate(model, asked, rule, seed=2, record=True)
-    again = generate(model, asked, rule, draws=result.trace)
-    assert all(map(torch.equal, result.labels, again.labels))
+    for max_tokens in (10_000, 40):
+        again = generate(model, asked, rule, draws=result.trace, max_tokens=max_tokens)
+        assert all(map(torch.equal, result.labels, again.labels)) and again.steps == result.steps
 
 
 def test_certain_predictions_have_entropy_0_and_the_fewest_steps(model):
@@ -92,6 +125,14 @@ def test_certain_predictions_have_entropy_0_and_the_fewest_steps(model):
     trace = generate(certain.eval(), conditions(1), settings(k=100.0, b=0.0), record=True).trace
     assert trace["decision_entropy"].item() < 1e-3 and trace["dynamic_steps"].item() == 2
     assert not any(torch.isnan(value).any() for value in trace["entropy"])
+
+
+def test_a_prediction_that_is_not_a_number_is_an_error_and_no_number_of_steps():
+    broken = build_model(CONFIG, seed=3)
+    with torch.no_grad():
+        broken.head.proj.weight[0, 0] = torch.nan
+    with pytest.raises(UserError, match="sample 0: the network's prediction is not a number"):
+        generate(broken.eval(), conditions(1), settings())
 
 
 def test_the_temperature_falls_for_samples_with_few_steps(model):

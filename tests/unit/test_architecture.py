@@ -27,8 +27,8 @@ ARROWS = {
     "class_to_image": {"model", "sampling", "checkpoint"},
     "train": {"data", "checkpoint", "parallel", "model", "perf"},
     "convert": {"model", "tokenizer", "checkpoint", "class_to_image"},
-    "evaluation": {"data", "model", "sampling", "command_line"},
-    "demo": {"data", "tokenizer", "sampling", "train", "model", "checkpoint", "command_line"},
+    "evaluation": {"data", "model", "class_to_image", "tokenizer", "sampling", "checkpoint", "command_line"},
+    "demo": {"data", "tokenizer", "sampling", "evaluation", "train", "model", "checkpoint", "command_line"},
 }
 """Folder of grn_scale -> what it may import beside itself and the foundation. Programs may import anything."""
 LAZY_ARROWS = {

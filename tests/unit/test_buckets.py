@@ -17,6 +17,7 @@ from grn_scale.data.buckets import (
     nearest_ratio_key,
     whole_groups,
 )
+from grn_scale.model.rope import spatial_positions
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "resolution_table.json").read_text())
 ROWS = [dict(zip(GOLDEN["columns"], row)) for row in GOLDEN["rows"]]
@@ -28,6 +29,25 @@ def test_every_official_row_has_our_size_and_grid():
         ours = bucket(row["ratio_key"], GOLDEN["rules"]["scale_per_pn"][row["pn"]])
         assert [ours.height, ours.width] == row["pixel_hw"], row["pn"]
         assert list(ours.grid) == row["grid_hw"]
+        assert ours.grid[0] * ours.grid[1] == row["tokens_per_frame"]
+    assert {row["pn"] for row in ROWS} == set(GOLDEN["rules"]["scale_per_pn"])
+
+
+def test_every_official_row_has_our_rotary_positions():
+    for row in ROWS:
+        rows, columns = spatial_positions(*row["grid_hw"], row["ratio_key"])
+        assert rows.tolist() == row["height_index"], (row["ratio_key"], row["pn"])
+        assert columns.tolist() == row["width_index"], (row["ratio_key"], row["pn"])
+        # One cell over the whole span: positions depend on it through their step alone.
+        assert [spatial_positions(2, 2, row["ratio_key"])[axis][1].item() for axis in (0, 1)] == [
+            round(span / 2) for span in row["rope_span_hw"]]
+
+
+def test_every_official_size_is_its_own_bucket():
+    for row in ROWS:
+        height, width = row["pixel_hw"]
+        side = GOLDEN["rules"]["scale_per_pn"][row["pn"]]
+        assert choose_bucket(height, width, side) == Bucket(height, width, row["ratio_key"])
 
 
 def test_templates_are_the_official_ones():
@@ -43,6 +63,16 @@ def test_nearest_template_is_found_and_the_taller_wins_a_tie():
     assert nearest_ratio_key(1, 100) == 0.333
     assert nearest_ratio_key(100, 1) == 3.0
     assert nearest_ratio_key(9, 4) == 2.5  # 2.25 lies midway between 2 and 2.5
+
+
+def test_nearest_template_is_the_nearest_key_for_any_source():
+    for height in range(1, 64, 3):
+        for width in range(1, 64, 5):
+            distance = {key: abs(key - height / width) for key in RATIO_KEYS}
+            chosen = nearest_ratio_key(height, width)
+            assert distance[chosen] == min(distance.values())
+            assert chosen == max(key for key in RATIO_KEYS if distance[key] == distance[chosen])
+            assert nearest_ratio_key(30 * height, 30 * width) == chosen
 
 
 @pytest.mark.parametrize("side", [1, 2, 3, 4, 7, 128])

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from grn_scale.class_to_image import ClassGRN, ClassSamplingSettings, generate
-from grn_scale.config.schema import AdaptiveConfig
+from grn_scale.class_to_image import ClassAdaptiveConfig, ClassGRN, ClassSamplingSettings, generate
+from grn_scale.class_to_image.schedule import Schedule
 from grn_scale.errors import ConfigError, UserError
 from tests.unit.test_class_model import CASES, GOLDEN, SMALL, golden_model, lively
 
@@ -18,7 +18,7 @@ TOLERANCE = {"cond_logits": 2e-4, "uncond_logits": 2e-4, "probs": 1e-4, "entropy
              "raw_dynamic_steps": 1e-3}
 """Names with one; all others are equal to the last bit."""
 SETTINGS = ClassSamplingSettings(steps=6, guidance=2.0, guidance_low=0.0, temperature=1.0)
-RULE = AdaptiveConfig(enabled=True, k=0.0, b=0.0, wp=2, tmin=4)
+RULE = ClassAdaptiveConfig(enabled=True, k=0.0, b=0.0, wp=2, tmin=4)
 
 
 def recorded(trace: str) -> dict[str, torch.Tensor]:
@@ -27,11 +27,10 @@ def recorded(trace: str) -> dict[str, torch.Tensor]:
 
 
 def golden_settings(case: dict) -> ClassSamplingSettings:
-    rule = None
+    rule = ClassAdaptiveConfig()
     if case["sampling_method"] == "complexity_aware":
-        rule = AdaptiveConfig(enabled=True, k=case["complexity_aware_k"], b=case["complexity_aware_b"],
-                              wp=case["complexity_aware_wp"], tmin=case["complexity_aware_tmin"],
-                              temperature_factor=True)
+        rule = ClassAdaptiveConfig(enabled=True, k=case["complexity_aware_k"], b=case["complexity_aware_b"],
+                                   wp=case["complexity_aware_wp"], tmin=case["complexity_aware_tmin"])
     return ClassSamplingSettings(
         steps=case["num_sampling_steps"], schedule="cosine" if case["sampling_method"] == "cosine" else "linear",
         guidance=case["cfg"], guidance_low=case["interval_min"], guidance_high=case.get("interval_max", 1.0),
@@ -129,9 +128,9 @@ def test_without_guidance_the_unconditional_branch_does_not_run(model):
 # --- steps
 
 def test_signal_levels_of_the_fixed_schedules():
-    linear = ClassSamplingSettings(steps=8).fixed_times()
+    linear = Schedule(ClassSamplingSettings(steps=8)).fixed_times()
     assert linear.tolist() == [i / 8 for i in range(9)]
-    cosine = ClassSamplingSettings(steps=8, schedule="cosine").fixed_times()
+    cosine = Schedule(ClassSamplingSettings(steps=8, schedule="cosine")).fixed_times()
     expected = torch.tensor([1 - math.cos(math.pi / 2 * i / 8) for i in range(9)])
     torch.testing.assert_close(cosine, expected, atol=1e-6, rtol=0)
     assert cosine[-1] == 1
@@ -140,32 +139,38 @@ def test_signal_levels_of_the_fixed_schedules():
 def test_guidance_acts_inside_its_interval_or_grows():
     times = torch.tensor([0.0, 0.3, 0.31, 0.9])
     settings = ClassSamplingSettings(guidance=3.0, guidance_low=0.3, guidance_high=0.9)
-    assert settings.guidances(times).tolist() == [1, 1, 3, 1]
-    assert dataclasses.replace(settings, guidance_low=0.0).guidances(times).tolist() == [3, 3, 3, 1]
-    grown = dataclasses.replace(settings, guidance_low=-2.0).guidances(torch.tensor([0.0, 0.5, 1.0]))
+    assert Schedule(settings).guidances(times).tolist() == [1, 1, 3, 1]
+    assert Schedule(dataclasses.replace(settings, guidance_low=0.0)).guidances(times).tolist() == [3, 3, 3, 1]
+    grown = Schedule(dataclasses.replace(settings, guidance_low=-2.0)).guidances(torch.tensor([0.0, 0.5, 1.0]))
     torch.testing.assert_close(grown, torch.tensor([1, 1 + 1.5 * (1 - math.cos(math.pi / 4)), 4]))
 
 
 def test_a_finished_image_leaves_the_batch():
     model, settings, classes = spread(4, 9)
     seen = []
-    result = generate(model, classes, settings, observe=lambda step, members: seen.append(members))
+    result = generate(model, classes, settings, observe=seen.append)
     steps = result.steps.tolist()
     assert min(steps) == 4 and max(steps) == 9 and len(set(steps)) > 2
-    assert [len(members) for members in seen] == [sum(n > i for n in steps) for i in range(9)]
-    assert sum(map(len, seen)) == sum(steps)
+    assert [len(maps.samples) for maps in seen] == [sum(n > i for n in steps) for i in range(9)]
+    for maps in seen:
+        assert maps.ended == {n for n, taken in enumerate(steps) if taken == maps.step + 1}
+        for n, mixed, predicted in zip(maps.samples, maps.mixed(), maps.predictions()):
+            assert mixed.shape == predicted.shape == (3, 1, 3, 3)
+            assert n not in maps.ended or torch.equal(mixed[:, 0], result.labels[n])
     for n, class_id in enumerate(classes):
         alone = generate(model, [class_id], settings, first_draw=n)
         assert torch.equal(alone.labels[0], result.labels[n]) and alone.steps[0] == steps[n]
 
 
 def test_few_steps_lower_the_temperature():
-    settings = ClassSamplingSettings(steps=50, temperature=2.0, adaptive=AdaptiveConfig())
+    rule = ClassAdaptiveConfig(enabled=True)
+    settings = ClassSamplingSettings(steps=50, temperature=2.0, adaptive=rule)
     after = torch.tensor([10, 20, 30, 45])
-    assert settings.temperatures(4, after).tolist() == [2.0] * 4
-    assert settings.temperatures(5, after).tolist() == [1.0, 1.5, 2.0, 2.0]
-    plain = dataclasses.replace(settings, adaptive=None)
-    assert plain.temperatures(5, after).tolist() == [2.0] * 4
+    assert Schedule(settings).temperatures(4, after).tolist() == [2.0] * 4
+    assert Schedule(settings).temperatures(5, after).tolist() == [1.0, 1.5, 2.0, 2.0]
+    for change in ({"enabled": False}, {"temperature_factor": False}):
+        plain = dataclasses.replace(settings, adaptive=dataclasses.replace(rule, **change))
+        assert Schedule(plain).temperatures(5, after).tolist() == [2.0] * 4
 
 
 def test_certain_predictions_leave_the_entropy_a_number():
@@ -190,7 +195,7 @@ def test_unknown_classes_and_foreign_draws_are_refused(model):
         generate(model, [0], SETTINGS, draws={"initial_labels": [], "sampled_labels": []})
 
 
-@pytest.mark.parametrize("change", [{"steps": 0}, {"temperature": 0.0}, {"schedule": "square"},
+@pytest.mark.parametrize("change", [{"steps": 0}, {"temperature": 0.0}, {"schedule": "square"}, {"guidance": -1.0},
                                     {"steps": 3, "adaptive": RULE}, {"schedule": "cosine", "adaptive": RULE}])
 def test_impossible_settings_are_refused(change):
     with pytest.raises(ConfigError, match="sampling"):

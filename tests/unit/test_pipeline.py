@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from grn_scale.demo.text_encoder import HIDDEN_SIZE, build_text_encoder
 from grn_scale.errors import ConfigError, UserError
 from grn_scale.model import build_model
 from grn_scale.sampling import GRNPipeline, SamplingSettings, generate
+from grn_scale.tokenizer import load_tokenizer
 from grn_scale.tokenizer.text import load_text_encoder
 from grn_scale.tokenizer.video import VideoTokenizer, VideoTokenizerShape
 
@@ -53,6 +56,45 @@ def test_an_image_begins_the_clip_and_segments_go_on_from_the_last_frame(pipelin
     output = pipeline("a red circle", image=image, num_segments=3, **SMALL)
     assert output.frames[0].shape == (13, 32, 48, 3) and output.steps == [9]
     assert np.array_equal(output.frames[0][:5], pipeline("a red circle", image=image, **SMALL).frames[0])
+
+
+def test_a_further_segment_is_the_clip_that_begins_with_the_last_frame_under_its_own_draw(pipeline):
+    # With a trained tokenizer, whose labels tell pictures apart.
+    model = build_model(dataclasses.replace(MODEL, latent_channels=16, rounds=4), seed=1).eval()
+    trained = dataclasses.replace(pipeline, model=model, tokenizer=load_tokenizer("small"))
+    prompts = ["a red circle", "a blue square"]
+    whole = trained(prompts, **SMALL, num_segments=2, seed=6)
+    first = trained(prompts, **SMALL, seed=6)
+    asked = trained.conditions(prompts, frames=5, height=32, width=48,
+                               first_frames=[frames[-1] for frames in first.frames])
+    assert not torch.equal(asked[0].first_frame_labels, asked[1].first_frame_labels)
+    second = list(trained.decode(trained.generate(asked, SamplingSettings(3, 3, 2.0), seed=6, first_draw=2)))
+    for frames, begin, end in zip(whole.frames, first.frames, second, strict=True):
+        assert np.array_equal(frames, np.concatenate((begin, end[1:])))
+    # The further segment goes on from where the one before ended: its own first frame is that picture, nearly.
+    jump = [np.abs(end[0].astype(int) - begin[-1]).mean() for begin, end in zip(first.frames, second)]
+    other = np.abs(second[0][0].astype(int) - first.frames[1][-1]).mean()
+    assert max(jump) < other / 2
+
+
+@pytest.mark.parametrize(("frames", "image", "tag", "latents"), [(1, False, "<T2I>", 1), (5, False, "<T2V>", 2),
+                                                                  (5, True, "<I2V>", 2)])
+def test_each_task_reads_its_own_tagged_texts(pipeline, frames, image, tag, latents):
+    given = [np.full((32, 48, 3), 90, np.uint8)] if image else None
+    asked, = pipeline.conditions(["a red circle"], frames=frames, height=32, width=48, negative="a blue square",
+                                 first_frames=given)
+    text, negative = pipeline.encoder.encode([tag + "a red circle", tag + "a blue square"])
+    assert torch.equal(asked.text_states, text) and torch.equal(asked.negative_text_states, negative)
+    assert asked.thw == (latents, 2, 3) and (asked.first_frame_labels is not None) == image
+    bare, = pipeline.conditions(["a red circle"], frames=frames, height=32, width=48, first_frames=given)
+    assert torch.equal(bare.negative_text_states, pipeline.encoder.encode([""])[0])
+
+
+def test_a_negative_prompt_matters_where_there_is_guidance(pipeline):
+    plain, avoided, unguided, unguided_avoided = (
+        pipeline("a red circle", **SMALL | {"guidance_scale": scale}, negative_prompt=negative, seed=3).frames[0]
+        for scale in (4.0, 1.0) for negative in ("", "a blue square"))
+    assert not np.array_equal(plain, avoided) and np.array_equal(unguided, unguided_avoided)
 
 
 def test_one_frame_is_a_picture_with_its_own_tag(pipeline):

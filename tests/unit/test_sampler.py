@@ -15,8 +15,8 @@ from grn_scale.errors import ConfigError, UserError
 from grn_scale.model import GRN, build_model
 from grn_scale.sampling import Condition, SamplingSettings, generate
 from grn_scale.sampling.choice import choose, probabilities, relative_entropy
-from grn_scale.sampling.sampler import split
 from grn_scale.sampling.steps import END_TOLERANCE, is_last, predicted_share, progress
+from grn_scale.sampling.waiting import Waiting
 from tests.unit.test_model_golden import GOLDEN, golden_config
 
 CASES = json.loads((GOLDEN / "grn_sampler_cases.json").read_text())
@@ -40,9 +40,10 @@ def golden_model(name: str, layout: str) -> GRN:
     return model
 
 
-@pytest.fixture(scope="module", params=["bit", "index"])
+@pytest.fixture(scope="module", params=[("bit", "v2"), ("index", "v2"), ("bit", "v1")], ids="-".join)
 def model(request) -> GRN:
-    return lively(dataclasses.replace(SHAPE, label_form=request.param))
+    form, layout = request.param
+    return lively(dataclasses.replace(SHAPE, label_form=form, layout=layout))
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +146,33 @@ def test_guidance_acts_from_its_start_on(bit_model):
     assert set(trace["cfg_used"].tolist()) == {1.0, 2.5}
 
 
+def test_guided_probabilities_follow_from_both_branches_inside_the_interval_only(model):
+    settings = dataclasses.replace(SETTINGS, steps=8, tmax=8, guidance_start=0.1, guidance_end=0.6, temperature=0.8)
+    asked = [condition(n, channels=model.config.label_channels) for n in range(2)]
+    trace = generate(model, asked, settings, record=True).trace
+    used = trace["cfg_used"]
+    assert set(used.flatten().tolist()) == {1.0, 2.5}
+    assert torch.equal(used != 1, (trace["cur_pt"] >= 0.1) & (trace["cur_pt"] <= 0.6))
+    unconditional, conditional = trace["uncond_logits"], trace["cond_logits"]
+    weight = used.float()[..., None, None, None]
+    expected = ((unconditional + weight * (conditional - unconditional)) / 0.8).softmax(dim=-1)
+    torch.testing.assert_close(trace["probs"], expected, atol=2e-5, rtol=0)
+
+
+def test_a_negative_text_is_what_the_unconditional_branch_reads(model):
+    asked = condition(0, channels=model.config.label_channels)
+    swapped = dataclasses.replace(asked, text_states=asked.negative_text_states,
+                                  negative_text_states=asked.text_states)
+    trace, mirrored = (generate(model, [one], SETTINGS, record=True).trace for one in (asked, swapped))
+    torch.testing.assert_close(trace["uncond_logits"][0], mirrored["cond_logits"][0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(trace["cond_logits"][0], mirrored["uncond_logits"][0], atol=1e-5, rtol=0)
+    other = dataclasses.replace(asked, negative_text_states=-asked.negative_text_states)
+    labels, others, unguided, unguided_others = (
+        generate(model, [one], dataclasses.replace(SETTINGS, guidance=guidance)).labels
+        for guidance in (2.5, 1.0) for one in (asked, other))
+    assert not torch.equal(labels, others) and torch.equal(unguided, unguided_others)
+
+
 def test_a_given_first_frame_comes_back_in_front_and_is_read(bit_model):
     given = condition(2, (3, 2, 2), True)
     other = dataclasses.replace(given, first_frame_labels=1 - given.first_frame_labels)
@@ -210,12 +238,14 @@ def test_an_observer_sees_every_step_and_the_result_last(bit_model):
     assert all(map(torch.equal, seen[-1][2], result.labels))
 
 
-def test_a_list_is_split_by_tokens_and_a_long_sample_stands_alone():
-    asked = [condition(0), condition(0), condition(0, (9, 9, 9)), condition(0)]
-    tokens = 12 + 3 + 1 + 12 + 2 + 1
-    assert list(split(asked, 2 * tokens, guided=True)) == [range(0, 2), range(2, 3), range(3, 4)]
-    assert list(split(asked[:2], 2 * tokens - 1, guided=True)) == [range(0, 1), range(1, 2)]
-    assert list(split([], 10, guided=True)) == []
+def test_samples_wait_for_room_in_their_order_and_a_long_one_runs_alone():
+    assert condition(0).tokens(guided=True) == 12 + 3 + 1 + 12 + 2 + 1 and condition(0).tokens(guided=False) == 16
+    waiting = Waiting([4, 4, 3, 20, 1, 1], 10)
+    assert waiting.admit([]) == range(0, 2)
+    assert waiting.admit([1]) == range(2, 3)
+    assert waiting.admit([1, 2]) == waiting.admit([2]) == range(3, 3)  # the small ones do not overtake
+    assert waiting.admit([]) == range(3, 4) and waiting.admit([3]) == range(4, 4)
+    assert waiting.admit([]) == range(4, 6) and waiting.admit([]) == range(6, 6)
 
 
 # --- from scores to labels
@@ -243,6 +273,17 @@ def test_entropy_is_relative_to_the_classes_and_never_nan():
     extreme = torch.tensor([[1e5, -1e5, 200.0]])
     assert relative_entropy(extreme).tolist() == [[0.0, 0.0, 0.0]]
     assert relative_entropy(torch.tensor([[[0.0, 1e5, -1e5, -500.0]]])).tolist() == [[0.0]]
+
+
+def test_infinite_scores_are_certain_and_give_no_nan():
+    inf = math.inf
+    assert relative_entropy(torch.tensor([[inf, -inf, 0.0]])).tolist() == [[0.0, 0.0, 1.0]]
+    many = torch.tensor([[[0.0, inf, 1.0, -inf], [-inf, -inf, 0.0, -inf], [-inf] * 4, [inf] * 4, [0, 0, -inf, -inf]]])
+    assert relative_entropy(many).tolist() == [[0.0, 0.0, 1.0, 1.0, 0.5]]
+    random = torch.tensor([[0, 2**32 - 1]])
+    assert choose(torch.tensor([[inf, -inf]]), torch.tensor([0.5]), random.flip(1)).tolist() == [[1, 0]]
+    assert choose(many[:, :2], 0.5, random).tolist() == [[1, 2]]
+    assert not probabilities(many, 0.1).isnan().any()
 
 
 # --- what is refused

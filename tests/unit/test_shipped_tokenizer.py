@@ -8,7 +8,7 @@ import numpy as np
 
 from grn_scale.demo import shapes
 from grn_scale.demo.detector import detect
-from grn_scale.demo.reconstruction import reconstruct
+from grn_scale.evaluation.quality import reconstruct
 from grn_scale.tokenizer import load_tokenizer
 from grn_scale.tokenizer.clips import psnr
 from grn_scale.tokenizer.load import SHIPPED

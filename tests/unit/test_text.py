@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
 
+from grn_scale.batch import TASKS
 from grn_scale.demo.text_encoder import HIDDEN_SIZE, build_text_encoder
 from grn_scale.errors import UserError
-from grn_scale.tokenizer.text import clean_caption, load_text_encoder, tagged_caption, text_key
+from grn_scale.model.rope import LEVEL_TIME
+from grn_scale.tokenizer.text import MOST_TOKENS, clean_caption, load_text_encoder, tagged_caption, text_key
 
 COLORS = ("red", "green", "blue", "yellow", "magenta", "cyan")
 CAPTIONS = [f"{size} {color} circle moving {way} on black"
@@ -36,6 +39,55 @@ def encoder(folder):
 ])
 def test_cleaning_repairs_unicode_unescapes_twice_and_collapses_space(raw, clean):
     assert clean_caption(raw) == clean
+
+
+@pytest.mark.parametrize("raw, clean", [
+    ("\u201cx\u201d \u2014 l\u2019\u00e9t\u00e9", '"x" \u2014 l\'\u00e9t\u00e9'),  # straight quotes; a dash stays
+    ("\ufb01ne \uff21\uff22", "fine AB"),  # ligatures and full-width letters
+    ("e\u0301", "\u00e9"),  # composed
+    ("\ufeffa\x00\x1b[31mred", "ared"),  # byte-order mark, control characters, terminal colours
+    ("\ud83d\ude00", "\U0001f600"),  # surrogates put together
+    ("&lt;b&gt; &amp;lt;i&amp;gt;", "<b> <i>"),
+    ("&copy 2020 &#x1F600; &nosuch;", "\u00a9 2020 \U0001f600 &nosuch;"),
+    ("a\u00a0b\u3000c\u2028d\u2003\r\ne", "a b c d e"),
+    ("a\x85b\x1cc", "a\u2026bc"),  # white space to Unicode, but damage to the repair before
+    ("a\u200bb", "a\u200bb"),  # of no width, but no white space
+    ("", ""),
+    (" \n\t ", ""),
+])
+def test_cleaning_as_the_text_encoder_was_trained_with(raw, clean):
+    assert clean_caption(raw) == clean
+
+
+def test_what_is_white_space_is_collapsed_after_the_repair():
+    import ftfy
+
+    spaces = [c for c in map(chr, range(0x3001)) if c.isspace()]
+    assert len(spaces) == 29
+    for c in spaces:
+        raw = f" {c}a{c}{c}b{c}"
+        assert clean_caption(raw) == re.sub(r"\s+", " ", ftfy.fix_text(raw)).strip()
+    assert clean_caption("a&nbsp;&amp;#8195;b") == "a b"
+
+
+def test_a_cleaned_caption_stays_as_it_is_and_a_tag_changes_nothing_in_it():
+    for raw in (*CAPTIONS[:3], "  sch\u00c3\u00b6n &amp;amp; \u201ct\u00e4glich\u201d\n", "3 < 4 &lt; 5"):
+        once = clean_caption(raw)
+        assert clean_caption(once) == once
+        assert clean_caption("<T2V>" + raw.lstrip()) == tagged_caption(once, "T2V", True)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_each_task_has_its_tag_in_models_with_tags_only(task):
+    assert tagged_caption("a cat", task, True) == f"<{task}>a cat"
+    assert tagged_caption("a cat", task, False) == "a cat"
+    assert tagged_caption("", task, True) == tagged_caption("", task, False) == ""
+
+
+def test_a_tag_that_is_there_is_not_put_there_twice():
+    assert tagged_caption("<T2V>a cat", "T2V", True) == "<T2V>a cat"
+    assert tagged_caption("<T2V>a cat", "T2V", False) == "<T2V>a cat"
+    assert tagged_caption("<T2I>a cat", "T2V", True) == "<T2V><T2I>a cat"
 
 
 def test_the_tag_stands_directly_before_the_caption_and_the_empty_caption_has_none():
@@ -173,6 +225,13 @@ def test_weights_in_several_files_are_read_and_a_missing_one_is_named(folder, tm
     (copy / names[1]).unlink()
     with pytest.raises(UserError, match=names[1]):
         load_text_encoder(copy, 64)
+
+
+@pytest.mark.parametrize("max_tokens", [0, -1, 513])
+def test_texts_longer_than_the_model_has_positions_for_are_refused(folder, max_tokens):
+    with pytest.raises(UserError, match="1 to 512"):
+        load_text_encoder(folder, max_tokens)
+    assert load_text_encoder(folder, 512).max_tokens == MOST_TOKENS == LEVEL_TIME
 
 
 def test_a_missing_folder_is_refused(tmp_path):

@@ -14,8 +14,9 @@ from grn_scale.tokenizer.initialize import new_tokenizer
 from grn_scale.tokenizer.layers import (
     CausalConv3d,
     History,
+    add_duplicate_shortcut,
     average_shortcut,
-    duplicate_shortcut,
+    matrix_conv,
     patchify,
     unpatchify,
     use_channels_last,
@@ -182,9 +183,43 @@ def test_average_shortcut_pads_an_odd_clip_with_a_zero_frame_in_front():
 
 def test_duplicate_shortcut_gives_one_frame_for_the_first_latent():
     x = torch.arange(8.0).reshape(1, 8, 1, 1, 1)
-    block = duplicate_shortcut(x, 1, 2, 2, first=False)
-    assert block.flatten().tolist() == list(range(8))
-    assert duplicate_shortcut(x, 1, 2, 2, first=True).flatten().tolist() == [4, 5, 6, 7]
+    assert add_duplicate_shortcut(torch.zeros(1, 1, 2, 2, 2), x, 2, 2, first=False).flatten().tolist() == list(range(8))
+    assert add_duplicate_shortcut(torch.ones(1, 1, 1, 2, 2), x, 2, 2, first=True).flatten().tolist() == [5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("channels", [2, 4, 8, 16])
+@pytest.mark.parametrize("ft", [1, 2])
+def test_duplicate_shortcut_repeats_channels_and_spreads_them_over_blocks(channels, ft):
+    x = torch.rand(2, channels, 3, 2, 4)
+    wide = x.repeat_interleave(4 * ft * 4 // channels, dim=1).reshape(2, 4, ft, 2, 2, 3, 2, 4)
+    wide = wide.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(2, 4, 3 * ft, 4, 8)
+    assert torch.equal(add_duplicate_shortcut(torch.zeros_like(wide), x, ft, 2, first=False), wide)
+    assert torch.equal(add_duplicate_shortcut(torch.zeros_like(wide[:, :, ft - 1:]), x, ft, 2, first=True),
+                       wide[:, :, ft - 1:])
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [((1, 1, 1), 1), ((3, 1, 1), 1), ((3, 1, 1), 2)])
+def test_a_convolution_over_time_is_a_matrix_product(kernel, stride):
+    conv = torch.nn.Conv3d(5, 7, kernel, stride=(stride, 1, 1))
+    for frames in (3, 4, 5, 9):
+        x = torch.rand(2, 5, frames, 3, 2)
+        with torch.no_grad():
+            close(matrix_conv(x, conv.weight, conv.bias, stride), conv(x), 1e-6)
+
+
+def test_inference_overwrites_nothing_it_was_given_and_equals_the_pass_that_records_gradients():
+    tokenizer = use_channels_last(VideoTokenizer(SMALL))
+    video = torch.rand(2, 3, 9, 32, 48) * 2 - 1
+    given = video.clone()
+    recorded = tokenizer.encode(video)
+    frames = tokenizer.decode(recorded)
+    assert frames.requires_grad
+    with torch.inference_mode():
+        features = tokenizer.encode(video)
+        kept = features.clone()
+        close(features, recorded.detach(), 1e-5)
+        close(tokenizer.decode(features), frames.detach(), 1e-5)
+    assert torch.equal(video, given) and torch.equal(features, kept)
 
 
 def test_a_lone_first_frame_takes_the_short_way_with_the_same_result():
