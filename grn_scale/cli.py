@@ -48,7 +48,7 @@ COMMANDS = (
             "grn-scale convert --input GRN_T2V_2B.pth --from official --to native --output ckpt/"),
     Command("inspect", "grn_scale.convert.inspect_command", "say what a file of weights holds, or how two differ",
             "grn-scale inspect GRN_T2V_2B.pth"),
-    Command("evaluate", "grn_scale.evaluation.command", "measure a trained model, or fit the sampler to it",
+    Command("evaluate", "grn_scale.evaluation.command", "measure a model, samples or the tokenizer, or fit the sampler",
             "grn-scale evaluate --run runs/first --held-out data.dataset=tokens/ output=measured/"),
     Command("bench", "grn_scale.perf.bench", "measure tokenization, shard reading and training, as JSON",
             "grn-scale bench --config configs/runs/demo.yaml"),

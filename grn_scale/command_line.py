@@ -166,12 +166,18 @@ class CommandParser(argparse.ArgumentParser):
         from grn_scale.config.load import load_config
         from grn_scale.config.schema import Config
 
+        options = self.parse_unresolved(argv)
+        return load_config(options.config, options.overrides, self.schema or Config), options
+
+    def parse_unresolved(self, argv: list[str]) -> argparse.Namespace:
+        """The options, with `config` and `overrides` as they were given: a checkpoint is to say what they apply to."""
+        from grn_scale.config.schema import Config
+
         schema = self.schema or Config
         keys: dict[str, Any] = {}
         for each in schema if isinstance(schema, tuple) else (schema,):
             keys |= dotted_keys(each)
-        options = self.parse_intermixed_args(self._fold_overrides(argv, keys))
-        return load_config(options.config, options.overrides, schema), options
+        return self.parse_intermixed_args(self._fold_overrides(argv, keys))
 
     def _fold_overrides(self, argv: list[str], keys: dict[str, Any]) -> list[str]:
         """`argv` with each `--key value` and `--key=value` of the configuration written as `key=value`."""

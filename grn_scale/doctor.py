@@ -197,6 +197,9 @@ def examine() -> Iterator[Finding]:
     yield check_optional("Transformer Engine", "transformer_engine.pytorch", ("transformer-engine",),
                          "pip install --no-build-isolation 'transformer-engine[pytorch]' (CUDA machine)")
     yield check_optional("wandb", "wandb", ("wandb",), "pip install 'grn-scale[wandb]'")
+    yield check_optional("scikit-image", "skimage.metrics", ("scikit-image",), "pip install 'grn-scale[evaluate]'")
+    yield check_optional("torchvision", "torchvision", ("torchvision",),
+                         "of torch's release and index; pip install 'grn-scale[torchvision]'")
     yield check_slurm()
     yield check_compiler()
     yield check_disk(Path.cwd())
@@ -232,8 +235,8 @@ def _need(finding: Finding) -> str:
 def main(argv: list[str]) -> int:
     """Exit code 1 where something needed is missing or wrong, otherwise 0."""
     parser = CommandParser("doctor", "Say what was found, what is missing and how to get it. CUDA, apex, flash-attn, "
-                           "Transformer Engine, wandb,\nSlurm and a compiler are optional.", "grn-scale doctor",
-                           configured=False, json=True)
+                           "Transformer Engine, wandb,\nscikit-image, torchvision, Slurm and a compiler are optional.",
+                           "grn-scale doctor", configured=False, json=True)
     options = parser.parse_options(argv)
     print("importing each package in a process of its own; this takes some seconds", file=sys.stderr, flush=True)
     findings = list(examine())

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from grn_scale.errors import ConfigError
 
+MOST_TEXT_TOKENS = 512  # text token k turns by time position k; those after belong to noise level and frames
 
 def require(condition: bool, message: str) -> None:
     """Raise ConfigError with `message` unless `condition` holds."""
@@ -112,6 +113,8 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         require_positive("text", max_tokens=self.max_tokens)
+        require(self.max_tokens <= MOST_TEXT_TOKENS,
+                f"text.max_tokens is {self.max_tokens}, but the model has positions for at most {MOST_TEXT_TOKENS}")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from grn_scale.atomic import write_json
 from grn_scale.command_line import CommandParser, run, start_logging
 from grn_scale.config.check import check_output, check_set
 from grn_scale.config.class_schema import SCHEMAS
+from grn_scale.config.load import load_config
 from grn_scale.errors import ConfigError
 from grn_scale.evaluation import calibration, features, generation, held_out, reconstruction
 from grn_scale.evaluation.class_held_out import measure_held_out_classes
@@ -38,7 +39,7 @@ MEASUREMENTS = ("held_out", "calibrate_steps", "reconstruct", "generate", "featu
 def main(argv: list[str]) -> int:
     """Run `grn-scale evaluate` with its arguments; the exit code."""
     parser = _parser()
-    config, options = parser.parse_command(argv)
+    options = parser.parse_unresolved(argv)
     asked = [name for name in MEASUREMENTS if getattr(options, name)]
     if not asked:
         raise ConfigError("say what to measure: --held-out, --calibrate-steps, --reconstruct, --generate, --features, "
@@ -49,7 +50,9 @@ def main(argv: list[str]) -> int:
         raise ConfigError("--held-out and --calibrate-steps run in one process: leave torchrun away")
     start_logging()
     source = open_source(options.run) if options.run else None
-    if source is not None:
+    if source is None:
+        config = load_config(options.config, options.overrides, SCHEMAS)
+    else:
         config = source.run_config(options.overrides, options.config)
         if source.class_model is not None and any(name in FROM_TEXT for name in asked):
             raise ConfigError(f"--calibrate-steps and --generate sample from prompts, but {source.checkpoint} makes "

@@ -79,7 +79,7 @@ class Canvas:
 def main(argv: list[str]) -> int:
     """Run `grn-scale sample` with its arguments; the exit code."""
     parser = _parser()
-    _, options = parser.parse_command(argv)
+    options = parser.parse_unresolved(argv)
     start_logging()
     source = open_source(options.run)
     config = source.run_config(options.overrides, options.config)

@@ -6,7 +6,14 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from grn_scale.config.schema import AdaptiveConfig, ModelConfig, SamplingConfig, require, require_positive
+from grn_scale.config.schema import (
+    MOST_TEXT_TOKENS,
+    AdaptiveConfig,
+    ModelConfig,
+    SamplingConfig,
+    require,
+    require_positive,
+)
 from grn_scale.errors import UserError
 from grn_scale.model.sequence import Grid
 
@@ -99,6 +106,9 @@ class Condition:
             if states is not None and (states.dim() != 2 or states.shape[1] != config.text_hidden_size):
                 raise UserError(f"text states are {list(states.shape)}, but this model takes "
                                 f"[tokens, {config.text_hidden_size}]")
+            if states is not None and not 1 <= len(states) <= MOST_TEXT_TOKENS:
+                raise UserError(f"a text has {len(states)} tokens, but must have 1 to {MOST_TEXT_TOKENS}: even the "
+                                "empty text has its end token")
         if first is not None:
             if tuple(first.shape) != (config.label_channels, 1, h, w):
                 raise UserError(f"first_frame_labels are {list(first.shape)}, but must be "

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from grn_scale.batch import TASKS
 from grn_scale.config.schema import SamplingConfig
 from grn_scale.data.buckets import CELL_PIXELS, latent_frames, nearest_ratio_key, whole_groups
 from grn_scale.errors import ConfigError, UserError
@@ -120,7 +121,14 @@ class GRNPipeline:
         return SamplingSettings.of(config, self.model.config)
 
     def text(self, prompt: str, task: str) -> str:
-        """The text that is encoded for a prompt: cleaned, with the tag of its task where the model wants one."""
+        """The text that is encoded for a prompt: cleaned, with the tag of its task where the model wants one.
+
+        ConfigError for a prompt that begins with another task's tag.
+        """
+        for other in TASKS:
+            if self.model.config.task_tags and other != task and prompt.lstrip().startswith(f"<{other}>"):
+                raise ConfigError(f"the prompt {prompt!r} begins with the tag of {other}, but {task} is sampled; "
+                                  "leave tags away, they are added")
         return tagged_caption(clean_caption(prompt), task, self.model.config.task_tags)
 
     def conditions(self, prompts: Sequence[str], *, frames: int, height: int, width: int, negative: str = "",

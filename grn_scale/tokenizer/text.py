@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from grn_scale.batch import TASKS
+from grn_scale.config.schema import MOST_TEXT_TOKENS
 from grn_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 SPIECE = "spiece.model"
-MOST_TOKENS = 512
-"""Text token k turns by time position k; from 512 on these positions belong to the noise level and the frames."""
 
 
 def clean_caption(text: str) -> str:
@@ -98,7 +97,7 @@ def load_text_encoder(folder: str | Path, max_tokens: int, device: str | torch.d
     """Text encoder of a Hugging Face folder: config.json, safetensors weights and spiece.model, local files only.
 
     The precision is the stored one. Raises UserError naming what the folder lacks or what cannot be read, and where
-    max_tokens is not between 1 and MOST_TOKENS.
+    max_tokens is not between 1 and MOST_TEXT_TOKENS.
     """
     import sentencepiece
     from safetensors import SafetensorError
@@ -106,9 +105,9 @@ def load_text_encoder(folder: str | Path, max_tokens: int, device: str | torch.d
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    if not 1 <= max_tokens <= MOST_TOKENS:
-        raise UserError(f"text.max_tokens is {max_tokens}, but the model has positions for 1 to {MOST_TOKENS} text "
-                        "tokens: longer captions are cut")
+    if not 1 <= max_tokens <= MOST_TEXT_TOKENS:
+        raise UserError(f"text.max_tokens is {max_tokens}, but the model has positions for 1 to {MOST_TEXT_TOKENS} "
+                        "text tokens: longer captions are cut")
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"text.encoder: no folder {str(folder)!r}; give the Hugging Face folder of a UMT5 encoder")

@@ -51,6 +51,26 @@ def test_tokenize_benchmark_measures_decoding_and_encoding_apart(tmp_path):
     assert results["decode_frames_per_second"]["median"] > 0 and results["encode_frames_per_second"]["median"] > 0
 
 
+def test_tokenizer_benchmark_compares_with_chunk_by_chunk_and_bf16(tmp_path):
+    config = tiny_config(f"tokenizer.path={random_tokenizer(tmp_path)}", "tokenize.max_frames=9")
+    for widths in (None, "4,8"):
+        report = bench.measure("tokenizer", config, clips=1, samples=1, repeats=2, widths=widths)
+        check_surroundings(report)
+        results = report["results"]
+        assert results["frame_shape"] == [9, 32, 32]
+        for part in ("encode", "decode"):
+            assert results[part]["relative_l2"] < 1e-5 and results[part]["times_as_fast"]["repeats"] == 2
+            assert results["bf16"][part]["times_as_fast_as_fp32"]["median"] > 0
+        assert 0 <= results["bf16"]["differing_bits"] < 0.5
+        assert len(results["bf16"]["differing_bits_by_round"]) == config.model.rounds
+
+
+@pytest.mark.parametrize("widths", ["160", "a,b", "0,4"])
+def test_widths_that_make_no_tokenizer_are_refused(widths):
+    with pytest.raises(ConfigError, match="--widths"):
+        bench.measure("tokenizer", tiny_config(), clips=1, samples=1, repeats=1, widths=widths)
+
+
 def test_train_benchmark_prints_json_alone_on_stdout():
     done = subprocess.run([sys.executable, "-m", "grn_scale", "bench", "train", "--repeats", "2", "--json", *TINY],
                           cwd=ROOT, capture_output=True, text=True, timeout=300)

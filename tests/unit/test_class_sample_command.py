@@ -146,6 +146,14 @@ def test_a_request_that_cannot_be_met_is_refused_before_anything_is_written(part
     assert message in captured.err and captured.out == "" and not (tmp_path / "out").exists()
 
 
+def test_overrides_that_both_kinds_of_model_know_apply_to_the_kind_the_run_is_of(parts, tmp_path):
+    # For a text model's defaults this would be more steps at least than at most.
+    assert main(["sample", "--run", parts["run"], "--class", "1", "sampling.steps=52", "sampling.adaptive.enabled=true",
+                 "sampling.adaptive.tmin=51", f"output={tmp_path / 'out'}"]) == 0
+    settings = json.loads((tmp_path / "out/samples.json").read_text())["settings"]
+    assert (settings["steps"], settings["adaptive"]["tmin"]) == (52, 51)
+
+
 def test_a_run_file_of_a_class_model_holds_its_sampler():
     config = load_config("configs/runs/class_b.yaml", cls=ClassConfig)
     assert config.sampling == ClassSamplingSettings()

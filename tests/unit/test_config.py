@@ -97,6 +97,7 @@ def test_numbers_may_be_written_as_yaml_1_2_has_them():
     ("parallel.recompute=some", "must be one of none, full"),
     ("zero.stage=5", "zero.stage is 5"),
     ("train.steps=0", "train.steps is 0, but must be greater than 0"),
+    ("text.max_tokens=513", "positions for at most 512"),
 ])
 def test_rules_of_a_section_give_value_rule_and_remedy(override, words):
     assert words in refusal(None, [override])

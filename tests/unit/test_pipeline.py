@@ -99,7 +99,10 @@ def test_a_negative_prompt_matters_where_there_is_guidance(pipeline):
 
 def test_one_frame_is_a_picture_with_its_own_tag(pipeline):
     assert pipeline("a red circle", **SMALL | {"num_frames": 1}).frames[0].shape == (1, 32, 48, 3)
-    assert pipeline.text("a  red&nbsp;circle ", "T2I") == "<T2I>a red circle"
+    for prompt in ("a  red&nbsp;circle ", "<T2I>a red circle"):
+        assert pipeline.text(prompt, "T2I") == "<T2I>a red circle"
+    with pytest.raises(ConfigError, match="tag of T2V, but T2I is sampled"):
+        pipeline.text("<T2V>a red circle", "T2I")
 
 
 @pytest.mark.parametrize(("change", "message"), [

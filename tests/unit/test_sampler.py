@@ -291,6 +291,8 @@ def test_infinite_scores_are_certain_and_give_no_nan():
 @pytest.mark.parametrize("change,message", [
     ({"text_states": torch.zeros(3, 9)}, "text states are"),
     ({"negative_text_states": torch.zeros(8)}, "text states are"),
+    ({"text_states": torch.zeros(0, 8)}, "a text has 0 tokens"),
+    ({"negative_text_states": torch.zeros(513, 8)}, "a text has 513 tokens"),
     ({"thw": (0, 2, 2)}, "at least 1"),
     ({"first_frame_labels": torch.zeros(8, 1, 3, 3)}, "first_frame_labels are"),
     ({"thw": (1, 2, 3), "first_frame_labels": torch.zeros(8, 1, 2, 3)}, "at least 2 latents"),

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from grn_scale.batch import TASKS
+from grn_scale.config.schema import MOST_TEXT_TOKENS
 from grn_scale.demo.text_encoder import HIDDEN_SIZE, build_text_encoder
 from grn_scale.errors import UserError
 from grn_scale.model.rope import LEVEL_TIME
-from grn_scale.tokenizer.text import MOST_TOKENS, clean_caption, load_text_encoder, tagged_caption, text_key
+from grn_scale.tokenizer.text import clean_caption, load_text_encoder, tagged_caption, text_key
 
 COLORS = ("red", "green", "blue", "yellow", "magenta", "cyan")
 CAPTIONS = [f"{size} {color} circle moving {way} on black"
@@ -231,7 +232,7 @@ def test_weights_in_several_files_are_read_and_a_missing_one_is_named(folder, tm
 def test_texts_longer_than_the_model_has_positions_for_are_refused(folder, max_tokens):
     with pytest.raises(UserError, match="1 to 512"):
         load_text_encoder(folder, max_tokens)
-    assert load_text_encoder(folder, 512).max_tokens == MOST_TOKENS == LEVEL_TIME
+    assert load_text_encoder(folder, 512).max_tokens == MOST_TEXT_TOKENS == LEVEL_TIME
 
 
 def test_a_missing_folder_is_refused(tmp_path):
