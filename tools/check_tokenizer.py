@@ -17,12 +17,14 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import multiprocessing
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,10 +52,9 @@ RESULT = "check.json"
 FEATURES, PART = "features.safetensors", "{:05d}.safetensors"
 NARROW, OFFICIAL = (32, 48), (160, 256)
 """Widths of encoder and decoder."""
-RELATIVE_L2, LARGEST = 1e-5, 1e-4
-"""How far streamed and one pass may lie apart: over all values, and anywhere (in standard deviations of the output)."""
-MEMORY_GROWTH = 1.05
-"""Most peak memory at twice the length, streamed."""
+BOUNDS = {"relative_l2": 1e-5, "largest_over_deviation": 1e-4, "growth": 1.05}
+"""How far streamed and one pass may lie apart, over all values and anywhere (in standard deviations of the output), and
+how much streamed peak memory may grow at twice the length."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def one_pass(source: Source, folder: Path) -> dict[str, Any]:
     begin = time.perf_counter()
     decoded = tokenizer.decode(given)
     decode_seconds = time.perf_counter() - begin
-    frames = decoded.tensor_split(range(1, decoded.shape[2], TIME_STRIDE), 2)
+    frames = decoded.tensor_split(list(range(1, decoded.shape[2], TIME_STRIDE)), 2)
     decode = _apart((load_file(folder / PART.format(number))["video"], piece) for number, piece in enumerate(frames))
     return {"encode": encode, "decode": decode, "encode_seconds": encode_seconds, "decode_seconds": decode_seconds,
             **_peak()}
@@ -133,15 +134,15 @@ def psnr(source: Source, rounds: int) -> dict[str, Any]:
     truth = np.concatenate(list(source.pieces()))
     features = torch.cat(list(tokenizer.encode_stream(to_video(piece[None]) for piece in source.pieces())), 2)
     found = compare(decode_bits(tokenizer, quantize_bits(features, rounds), rounds), truth, ssim=False)
-    return {"psnr_db": found.psnr_db, "rounds": rounds, **_peak()}
+    return {"psnr_db": found.psnr_db if math.isfinite(found.psnr_db) else None, "rounds": rounds, **_peak()}
 
 
 def _peak() -> dict[str, int]:
     return {"peak_bytes": peak_memory()["process_bytes"]}
 
 
-def _apart(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float]:
-    """Relative L2 distance of all pairs together, and the largest difference in standard deviations."""
+def _apart(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float | None]:
+    """Relative L2 distance of all pairs together, and the largest difference in standard deviations; None for NaN."""
     difference = reference = total = largest = 0.0
     count = 0
     for mine, other in pairs:
@@ -151,15 +152,21 @@ def _apart(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, floa
         reference += other.square().sum().item()
         total += other.sum().item()
         count += other.numel()
-        largest = max(largest, distance.abs().max().item())
+        largest = torch.maximum(torch.tensor(largest), distance.abs().max()).item()
     deviation = (reference / count - (total / count) ** 2) ** 0.5
-    return {"relative_l2": (difference / reference) ** 0.5, "largest_over_deviation": largest / deviation}
+    found = {"relative_l2": (difference / reference) ** 0.5, "largest_over_deviation": largest / deviation}
+    return {name: value if math.isfinite(value) else None for name, value in found.items()}
 
 
 def _alone(work, *arguments) -> dict[str, Any]:
     """What the function gives in a process of its own, so that its peak of memory is its own."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(work, *arguments).result()
+        try:
+            return pool.submit(work, *arguments).result()
+        except BrokenProcessPool as error:
+            raise UserError(f"the process of {work.__name__} was killed, most likely for its memory (one pass of a "
+                            "480p clip of 81 frames takes up to 20 GB): use shorter clips, or a larger machine"
+                            ) from error
 
 
 def _read(clip: Path, folder: Path) -> Source:
@@ -200,8 +207,7 @@ def _longer(source: Source) -> dict[str, Any]:
 
 def check(clips: list[Path], rounds: int, folder: Path) -> dict[str, Any]:
     """Every measurement; after each one, check.json in the folder has those so far."""
-    bounds = {"relative_l2": RELATIVE_L2, "largest_over_deviation": LARGEST, "growth": MEMORY_GROWTH}
-    result: dict[str, Any] = {**surroundings(), "bounds": bounds, "rows": []}
+    result: dict[str, Any] = {**surroundings(), "bounds": BOUNDS, "rows": []}
 
     def add(kind: str, clip: Path, row: dict[str, Any]) -> None:
         result["rows"].append({"kind": kind, "clip": clip.name, **row})
@@ -226,10 +232,10 @@ def broken(result: dict[str, Any]) -> list[str]:
     found = []
     for row in result["rows"]:
         for name in ("encode", "decode"):
-            if name in row and (row[name]["relative_l2"] > RELATIVE_L2
-                                or row[name]["largest_over_deviation"] > LARGEST):
+            distances = row.get(name, {})
+            if any(distances[key] is None or distances[key] > result["bounds"][key] for key in distances):
                 found.append(f"{row['clip']}, {row['weights']}: {name} differs")
-        if row.get("growth", 0) > MEMORY_GROWTH:
+        if row.get("growth", 0) > result["bounds"]["growth"]:
             found.append(f"{row['clip']}: peak memory grew by {row['growth'] - 1:.1%}")
     return found
 
@@ -237,11 +243,12 @@ def broken(result: dict[str, Any]) -> list[str]:
 def _line(row: dict[str, Any]) -> str:
     name = f"{row['clip']:<14} {row['weights']!s:<11}"
     if row["kind"] == "psnr":
-        return f"{name} {row['frames']:3d} frames  PSNR {row['psnr_db']:.1f} dB"
+        value = "none: nothing differs" if row["psnr_db"] is None else f"{row['psnr_db']:.1f} dB"
+        return f"{name} {row['frames']:3d} frames  PSNR {value}"
     if row["kind"] == "memory":
         sizes = ", ".join(f"{frames} frames {peak / 1e9:.3f} GB" for frames, peak in row["peak_bytes"].items())
         return f"{name} streamed peak: {sizes}, ratio {row['growth']:.3f}"
-    apart = "  ".join(f"{word} {row[word]['relative_l2']:.1e} {row[word]['largest_over_deviation']:.1e}"
+    apart = "  ".join(f"{word} " + " ".join("NaN" if value is None else f"{value:.1e}" for value in row[word].values())
                       for word in ("encode", "decode"))
     return (f"{name} {row['frames']:3d} frames  {apart}  streamed {row['streamed']['peak_bytes'] / 1e9:.1f} GB, "
             f"one pass {row['one_pass']['peak_bytes'] / 1e9:.1f} GB")

@@ -1,8 +1,7 @@
 """The one schema of every command: frozen dataclasses, a section for each component.
 
-A component receives its own section and never the whole `Config`. Units stand in the names; numbers that
-follow from others are properties. Rules inside one section are checked when it is built, rules between
-sections in `check.py`.
+A component receives its own section and never the whole `Config`. Units stand in the names; numbers that follow from
+others are properties. Rules inside one section are checked when it is built, rules between sections in `check.py`.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from dataclasses import dataclass, field
 from grn_scale.errors import ConfigError
 
 MOST_TEXT_TOKENS = 512  # text token k turns by time position k; those after belong to noise level and frames
+
 
 def require(condition: bool, message: str) -> None:
     """Raise ConfigError with `message` unless `condition` holds."""

@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import json
 import logging
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +26,14 @@ from grn_scale.config.check import check_output, check_set
 from grn_scale.config.class_schema import SCHEMAS
 from grn_scale.config.load import to_dict
 from grn_scale.config.schema import Config
-from grn_scale.data.buckets import CELL_PIXELS, choose_bucket, nearest_ratio_key, whole_groups
+from grn_scale.data.buckets import choose_bucket, nearest_ratio_key
 from grn_scale.data.decode import DecodeError, DecodeRequest, decode_clip
 from grn_scale.errors import ConfigError, UserError
 from grn_scale.sampling.film import Film
 from grn_scale.sampling.output import FILM_STRIP, SUMMARY, check_unused, make_folder, progress_bar
 from grn_scale.sampling.pictures import png_bytes
 from grn_scale.sampling.pipeline import task_of
+from grn_scale.sampling.request import asked_frames, asked_size, prompt_lines
 from grn_scale.sampling.sampler import StepMaps
 from grn_scale.sampling.source import Source, open_pipeline, open_source
 from grn_scale.sampling.video import encode_mp4
@@ -140,36 +140,16 @@ def _request(options: argparse.Namespace, config: Config) -> Request:
         raise ConfigError(f"--class given, but {options.run} makes video from text: give --prompt TEXT")
     prompts = list(options.prompt)
     if options.prompts is not None:
-        try:
-            lines = Path(options.prompts).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--prompts: cannot read {options.prompts}: {error}") from error
-        prompts += [line for line in lines if line.strip()]
+        prompts += prompt_lines(options.prompts)
     if not prompts:
         raise ConfigError("no prompt given: use --prompt TEXT (it may be empty) or --prompts FILE")
-    frames = config.tokenize.max_frames if options.frames is None else options.frames
-    if frames < 1 or frames != whole_groups(frames):
-        raise ConfigError(f"--frames is {frames}, but the tokenizer makes 1 + 4k frames: "
-                          f"{max(1, whole_groups(frames))} would do")
+    frames = asked_frames(options.frames, config.tokenize.max_frames)
     if options.first_frame and frames == 1:
         raise ConfigError("--first-frame is given, but --frames 1 leaves nothing to sample; 5 is the fewest")
     if options.segments < 1 or (options.segments > 1 and frames == 1):
         raise ConfigError(f"--segments is {options.segments}, but must be at least 1, and 1 for pictures")
-    return Request(tuple(prompts), options.negative, options.count, frames, _size(options.size), options.first_frame,
-                   options.segments, options.raw)
-
-
-def _size(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d+)[xX](\d+)", text)
-    if not match:
-        raise ConfigError(f"--size is {text!r}, but must be height x width in pixels, like 480x832")
-    height, width = int(match[1]), int(match[2])
-    if not height or not width or height % CELL_PIXELS or width % CELL_PIXELS:
-        near = "x".join(str(max(1, round(side / CELL_PIXELS)) * CELL_PIXELS) for side in (height, width))
-        raise ConfigError(f"--size is {text}, but both sides must be multiples of {CELL_PIXELS}: {near} is near")
-    return height, width
+    return Request(tuple(prompts), options.negative, options.count, frames, asked_size(options.size),
+                   options.first_frame, options.segments, options.raw)
 
 
 def sample(source: Source, config: Config, request: Request) -> dict[str, Any]:

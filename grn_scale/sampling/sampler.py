@@ -53,9 +53,9 @@ class Generated:
     """uint8 [B, D, t, h, w], a given first frame in front; a list of [D, t, h, w] where the shapes differ."""
     steps: list[int]
     """Steps that each sample took."""
-    entropies: list[float]
-    """With adaptive sampling the relative entropy that each sample's number of steps followed from (a sample that ended
-    before the decision has none); else empty."""
+    entropies: list[float | None]
+    """With adaptive sampling the relative entropy that each sample's number of steps followed from (None for one that
+    ended before the decision); else empty."""
     trace: dict[str, torch.Tensor | list[torch.Tensor]]
     """With record=True the values of every step (see `Trace.result`), else empty."""
 
@@ -69,24 +69,26 @@ def generate(model: GRN, conditions: Sequence[Condition], settings: SamplingSett
     draws: replaces the random numbers; initial_labels uint8 [B, D, t, h, w], sampled_labels and use_predict_mask
     uint8 [S, B, D, t, h, w] (t without a given first frame), or lists as in a trace.
     seed, first_draw: condition b is sample number first_draw + b of the seed.
-    record: keep every step's values in the result's trace, unconditional logits of unguided steps included.
+    record: keep every step's values in the result's trace, unconditional logits of unguided steps included (under
+    layout v2 without guidance only where there are negative texts).
     max_tokens: so many tokens run in one packed call (a longer sample alone); the other conditions wait their turn.
     observe: called after every packed call, once for each step that samples have taken in it.
     Raises UserError where a condition does not fit the model.
     """
-    both = record and (settings.guidance != 1.0 or model.config.layout == "v2")
-    guided = both or settings.guidance != 1.0
+    guided = settings.guidance != 1.0
+    both = record and (guided or (model.config.layout == "v2" and all(
+        condition.negative_text_states is not None for condition in conditions)))
     for condition in conditions:
-        condition.check(model.config, guided)
+        condition.check(model.config, guided or both)
     run = Refinement(model, conditions, settings, seed, first_draw, None if draws is None else Draws(draws),
                      Trace() if record else None, both)
     with torch.inference_mode():
-        run(Waiting([condition.tokens(guided) for condition in conditions], max_tokens), observe)
+        run(Waiting([condition.tokens(guided or both) for condition in conditions], max_tokens), observe)
     samples = [run.ended[n] for n in range(len(conditions))]
     # Copies made outside the inference mode are ordinary tensors.
     return Generated(batched([sample.labels for sample in samples], 0) if samples else [],
                      [sample.step for sample in samples],
-                     [sample.entropy for sample in samples if sample.entropy is not None],
+                     [sample.entropy for sample in samples] if settings.adaptive else [],
                      run.trace.result() if run.trace else {})
 
 
@@ -207,7 +209,8 @@ class Refinement:
         counts = torch.zeros(len(samples), dtype=torch.int64, device=mask_PD.device)
         counts = counts.index_add(0, batch.network.sample_P, mask_PD.sum(dim=1)).tolist()
         for sample, own, count in zip(samples, mixed, counts):
-            sample.mixed, sample.share = own, count / own.numel()
+            # In fp32 like the reference's mean: whether guidance acts is asked of this number.
+            sample.mixed, sample.share = own, torch.tensor(count / own.numel(), dtype=torch.float32).item()
         if self.trace:
             self._record(batch, prediction, predicted_PD, mask_PD, fed, guidance, targets, temperature_P)
         predicted = batch.by_sample(predicted_PD)
@@ -225,6 +228,9 @@ class Refinement:
         if self.trace:
             dequantise = hbq.dequantize_bits if self.classes == 2 else hbq.dequantize_index
             self.trace.add("final_latent", sample.number, dequantise(labels[None], self.model.config.rounds)[0])
+            if self.settings.adaptive and sample.entropy is None:
+                self.trace.add("decision_entropy", sample.number, math.nan)
+                self.trace.add("dynamic_steps", sample.number, math.nan)
 
     def _show(self, batch: _Batch, predicted: Sequence[torch.Tensor], observe: Callable[[StepMaps], None]) -> None:
         for step in sorted({sample.step for sample in batch.samples}):

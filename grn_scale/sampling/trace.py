@@ -67,4 +67,7 @@ class Draws:
     def step(self, name: str, sample: int, step: int) -> torch.Tensor:
         """uint8 [D, t, h, w] of a sample at a step."""
         value = self._values[name]
+        steps = len(value) if isinstance(value, torch.Tensor) else len(value[sample])
+        if step >= steps:
+            raise ValueError(f"draws hold {steps} steps of {name}, but sample {sample} takes more")
         return value[step, sample] if isinstance(value, torch.Tensor) else value[sample][step]

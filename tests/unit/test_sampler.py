@@ -72,23 +72,29 @@ def condition(number: int, thw=(2, 2, 3), first_frame: bool = False, channels: i
 
 # --- the reference
 
-@pytest.mark.parametrize("trace", CASES)
-def test_recorded_trace_of_the_reference_is_reproduced(trace):
+def recorded_run(trace: str):
+    """Model, condition, settings, draws and resulting labels of a recording."""
     case, record, layout = CASES[trace], recorded(trace), trace[:2]
-    model = golden_model(case["model"], layout)
     first = record["first_frame_labels"][0] if case["first_frame_condition"] else None
     settings = SamplingSettings(
         steps=case["max_infer_steps"], tmax=case["Tmax"], guidance=case["guidance"],
         guidance_start=case["cfg_interval"], temperature=case["tau"], shift=case["snr_shift"],
         end_fraction={"v1": 0.999, "v2": 0.95}[layout])
     asked = Condition(record["text_cond"], record["text_uncond"], tuple(case["thw"]), case["ratio_key"], first)
+    last = record["sampled_labels"][-1]
+    labels = last if first is None else torch.cat((first[None], last), dim=2)
+    return golden_model(case["model"], layout), asked, settings, record, labels
+
+
+@pytest.mark.parametrize("trace", CASES)
+def test_recorded_trace_of_the_reference_is_reproduced(trace):
+    model, asked, settings, record, labels = recorded_run(trace)
     result = generate(model, [asked], settings, draws=record, record=True)
     inputs = {"text_cond", "text_uncond", "first_frame_labels", "image_u8_bgr"}
     assert set(result.trace) == set(record) - inputs
     for name, value in result.trace.items():
         torch.testing.assert_close(value, record[name], atol=TOLERANCE[name], rtol=0, msg=lambda m: f"{name}: {m}")
-    last = record["sampled_labels"][-1]
-    assert torch.equal(result.labels, last if first is None else torch.cat((first[None], last), dim=2))
+    assert torch.equal(result.labels, labels)
 
 
 # --- what a sample depends on
@@ -130,13 +136,14 @@ def test_without_guidance_the_unconditional_branch_does_not_run(bit_model, off):
     assert not torch.equal(generate(bit_model, [condition(0)], SETTINGS).labels, expected)
 
 
-def test_guidance_one_needs_no_negative_text(bit_model):
+def test_guidance_one_needs_no_negative_text(model):
     bare = dataclasses.replace(condition(0), negative_text_states=None)
     settings = dataclasses.replace(SETTINGS, guidance=1.0)
-    labels = generate(bit_model, [condition(0)], settings).labels
-    assert torch.equal(generate(bit_model, [bare], settings).labels, labels)
+    labels = generate(model, [condition(0)], settings).labels
+    for record in (False, True):
+        assert torch.equal(generate(model, [bare], settings, record=record).labels, labels)
     with pytest.raises(UserError, match="negative_text_states"):
-        generate(bit_model, [bare], SETTINGS)
+        generate(model, [bare], SETTINGS)
 
 
 def test_guidance_acts_from_its_start_on(bit_model):
@@ -190,7 +197,7 @@ def test_the_map_keeps_one_noise_and_the_share_fed_is_the_counted_one(bit_model)
     mask = trace["use_predict_mask"].bool()
     expected = torch.where(mask, trace["sampled_labels"], trace["initial_labels"])
     assert torch.equal(trace["mixed_labels_out"], expected)
-    share = mask.double().flatten(2).mean(dim=2)
+    share = mask.float().flatten(2).mean(dim=2).double()
     torch.testing.assert_close(trace["next_pt_realised"], share, atol=1e-12, rtol=0)
     assert torch.equal(trace["cur_pt"][1:], trace["next_pt_realised"][:-1]) and not trace["cur_pt"][0].any()
     assert trace["next_pt_target"].shape == (5, 3)
@@ -313,6 +320,8 @@ def test_draws_must_replace_all_random_numbers(bit_model):
     with pytest.raises(ValueError, match="use_predict_mask"):
         generate(bit_model, [condition(0)], SETTINGS, draws={"initial_labels": [], "sampled_labels": []})
     trace = generate(bit_model, [condition(0)], SETTINGS, record=True).trace
+    with pytest.raises(ValueError, match="draws hold 2 steps of sampled_labels, but sample 0 takes more"):
+        generate(bit_model, [condition(0)], SETTINGS, draws=trace | {"sampled_labels": trace["sampled_labels"][:2]})
     with pytest.raises(ValueError, match="initial_labels have"):
         generate(bit_model, [condition(1, (1, 2, 3))], SETTINGS, draws=trace)
 
