@@ -15,9 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,7 @@ from grn_scale.demo import shapes
 from grn_scale.demo.detector import Detection, detect
 from grn_scale.demo.shapes import Attributes
 from grn_scale.errors import ConfigError
+from grn_scale.sampling.output import progress_bar
 from grn_scale.sampling.pictures import contact_sheet, png_bytes
 from grn_scale.sampling.pipeline import GRNPipeline
 from grn_scale.sampling.source import open_pipeline, open_source
@@ -106,7 +105,7 @@ class Sampler:
         conditions = self.pipeline.conditions(captions, frames=self.config.tokenize.max_frames, height=square.height,
                                               width=square.width, ratio_key=square.ratio_key)
         begin = time.perf_counter()
-        with _bar("sampling", len(captions)) as advance:
+        with progress_bar("sampling", len(captions)) as advance:
             generated = self.pipeline.generate(conditions, self.pipeline.settings(self.config.sampling),
                                                seed=self.config.seed, observe=lambda maps: advance(len(maps.ended)))
         self.seconds.append(time.perf_counter() - begin)
@@ -121,21 +120,10 @@ def sample_and_detect(make: Callable[[Sequence[str]], Iterable[np.ndarray]], ask
     make: turns all captions into clips, in their order.
     """
     clips = make([attributes.caption for attributes in asked])
-    with _bar("decoding and detecting", len(asked)) as advance:
+    with progress_bar("decoding and detecting", len(asked)) as advance:
         for clip in clips:
             yield clip, detect(clip)
             advance(1)
-
-
-@contextmanager
-def _bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr while the block runs; yields what advances it."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
-
-    with Progress(name, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-                  console=Console(stderr=True)) as bar:
-        yield partial(bar.advance, bar.add_task("", total=total))
 
 
 def _label(asked: Attributes, seen: Detection) -> str:

@@ -11,12 +11,11 @@ from grn_scale.class_to_image.batch import ClassBatch, assemble, batch_loss
 from grn_scale.class_to_image.guidance import predict
 from grn_scale.class_to_image.model import ClassGRN
 from grn_scale.class_to_image.source import load_trained
-from grn_scale.config.check import check_set
 from grn_scale.config.class_schema import ClassConfig
 from grn_scale.data.loader import read_pack
 from grn_scale.data.plan import Plan, sample_weights
 from grn_scale.data.shards import Dataset
-from grn_scale.errors import ConfigError
+from grn_scale.evaluation.held_out import open_held_out, verdict
 from grn_scale.model.loss import NOISE_BINS, noise_bin_means, noise_bin_sums
 from grn_scale.sampling.source import Source
 
@@ -28,20 +27,11 @@ def measure_held_out_classes(source: Source, config: ClassConfig, options: argpa
     ConfigError where the held-out samples are not those of the training; UserError where the dataset cannot be read,
     was made with another tokenizer, or holds what is no image of the model's size and classes.
     """
-    check_set(config, "data.dataset")
-    if options.packs < 1:
-        raise ConfigError(f"--packs is {options.packs}, but must be at least 1")
-    dataset = Dataset.open(config.data.dataset)
-    source.check_fingerprint("tokenizer", "data.dataset", dataset.info.tokenizer_fingerprint)
-    trained_with = source.state.get("config", {}).get("data", {}).get("validation_fraction")
-    if trained_with is not None and config.data.validation_fraction > trained_with:
-        raise ConfigError(f"data.validation_fraction is {config.data.validation_fraction:g}, but {source.checkpoint} "
-                          f"was trained with {trained_with:g}: some of these samples were trained on, give at most "
-                          "that")
+    dataset = open_held_out(source, config, options.packs)
     model, weights = load_trained(source, config, raw=options.raw)
     batches = held_out_batches(dataset, config, model, options.packs)
     return {"weights": weights, "precision": config.train.precision, **by_noise(model, batches),
-            "training_and_sampling": agreement(model, batches)}
+            "training_and_sampling": agreement(model, batches, config.train.precision)}
 
 
 def held_out_batches(dataset: Dataset, config: ClassConfig, model: ClassGRN, packs: int) -> list[ClassBatch]:
@@ -71,11 +61,12 @@ def by_noise(model: ClassGRN, batches: list[ClassBatch]) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def agreement(model: ClassGRN, batches: list[ClassBatch]) -> dict[str, Any]:
+def agreement(model: ClassGRN, batches: list[ClassBatch], precision: str) -> dict[str, Any]:
     """How far the scores of the same images lie apart when they come as a training batch and one by one to the sampler,
     beside their unconditional branch.
 
-    Largest difference over all images, and the largest standard deviation of a batch's scores for comparison.
+    Largest difference over all images, the largest standard deviation of a batch's scores for comparison, and the
+    `verdict` on both.
     """
     largest, spread, samples = 0.0, 0.0, 0
     for batch in batches:
@@ -87,4 +78,4 @@ def agreement(model: ClassGRN, batches: list[ClassBatch]) -> dict[str, Any]:
             alone = predict(model, batch.labels[one], times[one], batch.class_B[one], torch.ones(1), always_both=True)
             largest = max(largest, (alone.scores - scores).abs().max().item())
         samples += len(batch.class_B)
-    return {"samples": samples, "largest_score_difference": largest, "score_standard_deviation": spread}
+    return verdict(samples, largest, spread, precision)

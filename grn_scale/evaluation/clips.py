@@ -39,10 +39,21 @@ class ClipSet:
         clips = _files(place) if place.is_dir() else load_manifest(place)
         return cls(str(place), tuple(clips), settings)
 
-    def decode(self, clips: Iterable[Clip | Path]) -> Iterator[tuple[str, np.ndarray | DecodeError]]:
-        """(id, uint8 RGB frames [T, H, W, 3] or why there are none) of some of the clips, in their order."""
+    @property
+    def fps(self) -> float | None:
+        """Frames a second: of manifest lines as they are decoded, else of the first video; None of pictures alone."""
+        if not isinstance(self.clips[0], Path):
+            return self.settings.fps
+        return next((_rate(file) for file in self.clips if file.suffix.lower() in VIDEO_SUFFIXES), None)
+
+    def decode(self, clips: Iterable[Clip | Path], most: int | None = None,
+               ) -> Iterator[tuple[str, np.ndarray | DecodeError]]:
+        """(id, uint8 RGB frames [T, H, W, 3] or why there are none) of some of the clips, in their order.
+
+        most: of a file no more than so many of its first frames.
+        """
         if isinstance(self.clips[0], Path):
-            return ((clip.name, _outcome(clip)) for clip in clips)
+            return ((clip.name, _outcome(clip, most)) for clip in clips)
         return ((clip.id, result) for clip, result in decode_as_tokenized(clips, self.settings))
 
 
@@ -76,15 +87,30 @@ def _files(folder: Path) -> list[Path]:
     return files
 
 
-def _outcome(file: Path) -> np.ndarray | DecodeError:
+def _rate(file: Path) -> float | None:
+    """Frames a second; None where the file does not say or cannot be read, which its decoding will tell."""
+    import av
+
     try:
-        return read_frames(file)
+        with av.open(str(file)) as container:
+            rate = container.streams.video[0].average_rate
+    except (av.error.FFmpegError, IndexError, OSError):
+        return None
+    return float(rate) if rate else None
+
+
+def _outcome(file: Path, most: int | None) -> np.ndarray | DecodeError:
+    try:
+        return read_frames(file, most)
     except DecodeError as error:
         return error
 
 
-def read_frames(file: Path) -> np.ndarray:
-    """All frames of a video or picture in their own size, uint8 RGB [T, H, W, 3]. DecodeError where that fails."""
+def read_frames(file: Path, most: int | None = None) -> np.ndarray:
+    """The frames of a video or picture in their own size, uint8 RGB [T, H, W, 3]: all, or the first `most`.
+
+    DecodeError where that fails; what comes after the frames that are wanted is not looked at.
+    """
     import av
     from PIL import Image
 
@@ -98,7 +124,7 @@ def read_frames(file: Path) -> np.ndarray:
     try:
         with av.open(str(file)) as container:
             frames = []
-            for frame in container.decode(video=0):
+            for frame in itertools.islice(container.decode(video=0), most):
                 if frame.is_corrupt:
                     raise DecodeError("corrupt", f"{file}: frame {len(frames) + 1} is damaged")
                 frames.append(frame.to_ndarray(format="rgb24"))

@@ -24,7 +24,7 @@ from grn_scale.config.load import load_config
 from grn_scale.errors import ConfigError
 from grn_scale.evaluation import calibration, features, generation, held_out, reconstruction
 from grn_scale.evaluation.class_held_out import measure_held_out_classes
-from grn_scale.evaluation.job import Job, processes
+from grn_scale.evaluation.job import Job, processes, together
 from grn_scale.parallel.dims import world_size_from_environment
 from grn_scale.sampling.source import open_source
 
@@ -64,6 +64,9 @@ def main(argv: list[str]) -> int:
         result = {"checkpoint": str(source.checkpoint), "step": source.state.get("step")}
     with processes() as ranks:
         job = Job(source, config, options, Path(config.output), ranks)
+        # What can fail for want of a file or a rule fails here, before hours of work.
+        request = together(ranks, lambda: generation.check(job)) if options.generate else None
+        instrument = features.prepared(job) if options.features else None
         if options.held_out:
             result["held_out"] = (held_out.measure(job) if source is None or source.class_model is None
                                   else measure_held_out_classes(source, config, options))
@@ -72,9 +75,9 @@ def main(argv: list[str]) -> int:
         if options.reconstruct:
             result["reconstruction"] = reconstruction.measure(job)
         if options.generate:
-            result["generated"] = generation.measure(job)
+            result["generated"] = generation.measure(job, request)
         if options.features:
-            result["features"] = features.measure(job)
+            result["features"] = features.measure(job, instrument)
         if ranks.rank == 0:
             job.make_folder()
             write_json(job.folder / RESULT, result)

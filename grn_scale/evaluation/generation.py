@@ -12,6 +12,7 @@ import json
 import logging
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,10 @@ from grn_scale.config.check import check_set
 from grn_scale.data.buckets import Bucket, choose_bucket, nearest_ratio_key
 from grn_scale.errors import ConfigError, UserError
 from grn_scale.evaluation.job import Job, Shares, shared
-from grn_scale.evaluation.preprocessing import pixels
 from grn_scale.evaluation.progress import shown
 from grn_scale.evaluation.prompts import read_prompts
 from grn_scale.sampling.pictures import png_bytes
+from grn_scale.sampling.request import asked_frames, asked_size
 from grn_scale.sampling.source import open_pipeline
 
 log = logging.getLogger(__name__)
@@ -49,23 +50,41 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                         "number gives the same samples for any number of processes (default: 16)")
 
 
-def measure(job: Job) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Request:
+    """What is to be drawn."""
+
+    prompts: tuple[str, ...]
+    """One for each sample."""
+    frames: int
+    canvas: Bucket
+
+
+def check(job: Job) -> Request:
+    """What the options ask for; ConfigError or UserError where it cannot be drawn. Reads no model, writes nothing."""
+    options, tokenize = job.options, job.config.tokenize
+    job.checkpoint("--generate")
+    for name in ("count", "together"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"--{name} is {getattr(options, name)}, but must be at least 1")
+    prompts = tuple(prompt for prompt in read_prompts("--generate", options.prompts) for _ in range(options.count))
+    check_set(job.config, "text.encoder")
+    size = asked_size(options.size)
+    canvas = choose_bucket(1, 1, tokenize.latent_side) if size is None else Bucket(*size, nearest_ratio_key(*size))
+    return Request(prompts, asked_frames(options.frames, tokenize.max_frames), canvas)
+
+
+def measure(job: Job, request: Request) -> dict[str, Any]:
     """Draw the samples and say what was drawn. Sample n is draw n of the seed, whoever draws it.
 
     UserError where the folder of samples holds anything already, or parts do not belong to the model.
     """
-    source, options = job.checkpoint("--generate"), job.options
-    check_set(job.config, "text.encoder")
-    for name in ("count", "together"):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"--{name} is {getattr(options, name)}, but must be at least 1")
-    prompts = [prompt for prompt in read_prompts("--generate", options.prompts) for _ in range(options.count)]
-    canvas = _canvas(options, job.config.tokenize.latent_side)
+    source, options, prompts = job.checkpoint("--generate"), job.options, request.prompts
     job.ranks.first(lambda: _new_folder(job))
     jobs = [range(first, min(first + options.together, len(prompts)))
             for first in range(0, len(prompts), options.together)]
     with shared(job) as shares:
-        rows = sorted(shares.run(lambda: _draw(job, shares, jobs, prompts, canvas)), key=lambda row: row["draw"])
+        rows = sorted(shares.run(lambda: _draw(job, shares, jobs, request)), key=lambda row: row["draw"])
     steps = [row["steps"] for row in rows]
     low, high = np.percentile(steps, [10, 90])
     about = rows[0].pop("about")
@@ -78,13 +97,6 @@ def measure(job: Job) -> dict[str, Any]:
                       "different": len(set(steps))}, **about}
 
 
-def _canvas(options: argparse.Namespace, latent_side: int) -> Bucket:
-    if options.size is None:
-        return choose_bucket(1, 1, latent_side)
-    height, width = pixels("--size", options.size)
-    return Bucket(height, width, nearest_ratio_key(height, width))
-
-
 def _new_folder(job: Job) -> None:
     folder = job.folder / FOLDER
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -93,12 +105,11 @@ def _new_folder(job: Job) -> None:
     folder.mkdir(exist_ok=True)
 
 
-def _draw(job: Job, shares: Shares, jobs: Sequence[range], prompts: Sequence[str],
-          canvas: Bucket) -> list[dict[str, Any]]:
+def _draw(job: Job, shares: Shares, jobs: Sequence[range], request: Request) -> list[dict[str, Any]]:
     source, config, options = job.checkpoint("--generate"), job.config, job.options
+    prompts, frames, canvas = request.prompts, request.frames, request.canvas
     pipeline, weights = open_pipeline(source, config, raw=options.raw)
     settings = pipeline.settings(config.sampling)
-    frames = config.tokenize.max_frames if options.frames is None else options.frames
     fps = source.fps or config.tokenize.fps
     about = {"weights": weights, "precision": config.train.precision, "settings": dataclasses.asdict(settings),
              "frames": frames, "height": canvas.height, "width": canvas.width, "fps": fps}

@@ -13,14 +13,20 @@ TOLERANCE = 1e-3
 
 
 class InceptionScore:
-    """exp of the mean KL divergence between each sample's class probabilities and their mean, in consecutive splits."""
+    """exp of the mean KL divergence between each sample's class probabilities and their mean, in splits.
+
+    Which split a sample goes to follows from its number, by a fixed permutation: samples come sorted (by class or
+    prompt, frame after frame), and a split of neighbours would hold a few classes alone.
+    """
 
     def __init__(self, samples: int, splits: int) -> None:
         """samples: how many will be added in all. UserError where that is fewer than the splits."""
         if samples < splits:
             raise UserError(f"{samples} samples cannot be cut into {splits} splits; give --splits {max(1, samples)} or "
                             "fewer, or more samples")
-        self.edges = [samples * i // splits for i in range(splits + 1)]
+        order = torch.randperm(samples, generator=torch.Generator().manual_seed(0))
+        self.split = order * splits // samples
+        """int64 [samples]: the split of each."""
         self.added = 0
         self.entropy = torch.zeros(splits, dtype=torch.float64)
         """Sum of p log p over the samples of each split."""
@@ -34,17 +40,16 @@ class InceptionScore:
                             "if they are logits, give --score-form logits")
         if not self.marginal.shape[1]:
             self.marginal = torch.zeros(len(self.marginal), p.shape[1], dtype=torch.float64)
-        for split, (begin, end) in enumerate(zip(self.edges, self.edges[1:])):
-            part = p[max(0, begin - self.added):max(0, end - self.added)]
-            self.entropy[split] += torch.xlogy(part, part).sum()
-            self.marginal[split] += part.sum(0)
+        split = self.split[self.added:self.added + len(p)]
+        self.entropy.index_add_(0, split, torch.xlogy(p, p).sum(1))
+        self.marginal.index_add_(0, split, p)
         self.added += len(p)
 
     def result(self) -> dict[str, Any]:
         """`mean` and `standard_deviation` over the splits, their number and the samples."""
-        if self.added != self.edges[-1]:
-            raise ValueError(f"{self.added} samples were added of {self.edges[-1]}")
-        sizes = torch.tensor(self.edges).diff().double()
+        if self.added != len(self.split):
+            raise ValueError(f"{self.added} samples were added of {len(self.split)}")
+        sizes = self.split.bincount().double()
         marginal = self.marginal / sizes[:, None]
         scores = (self.entropy / sizes - torch.xlogy(marginal, marginal).sum(1)).exp()
         return {"mean": scores.mean().item(), "standard_deviation": scores.std(correction=0).item(),

@@ -21,6 +21,8 @@ from grn_scale.config.schema import Config
 from grn_scale.errors import ConfigError, UserError
 from grn_scale.sampling.source import Source
 
+JOINING = datetime.timedelta(minutes=10)
+"""Processes wait for the others to start so long: one that never comes must not hold a node for days."""
 PATIENCE = datetime.timedelta(days=2)
 """Processes that have finished wait for the others so long. One that dies ends the wait at once."""
 FAILED = "failed"
@@ -70,12 +72,13 @@ def processes() -> Iterator[Ranks]:
     if torch.cuda.is_available():
         local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= count:
-            raise ConfigError(f"process {local} of this node has no GPU: the node shows {count}; start at most "
-                              f"{count} processes a node")
+            # No ConfigError: only the first process of a node tells these, and it has a GPU.
+            raise UserError(f"process {local} of this node has no GPU: the node shows {count}; start at most {count} "
+                            "processes a node")
         torch.cuda.set_device(local)
-    dist.init_process_group("gloo", timeout=PATIENCE)
+    dist.init_process_group("gloo", timeout=JOINING)
     try:
-        yield Ranks()
+        yield Ranks(dist.new_group(backend="gloo", timeout=PATIENCE))
     finally:
         dist.destroy_process_group()
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,8 @@ from grn_scale.errors import ConfigError, UserError
 from grn_scale.evaluation.preprocessing import Preprocessing
 
 TORCHVISION = "torchvision:"
+SCALE_INPUT = ("inception_v3", "googlenet")
+"""Networks of torchvision that turn its usual input into the one they were trained with, as transform_input says."""
 FORMS = ("logits", "probabilities")
 
 
@@ -41,7 +44,8 @@ class FeatureNetwork:
     def __call__(self, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Both on the CPU; None where the network gives no class scores. UserError where it cannot take the batch."""
         try:
-            features, scores = self.forward(batch)
+            with full_fp32():
+                features, scores = self.forward(batch)
         except RuntimeError as error:  # also what TorchScript raises for arguments it does not have
             reason = str(error).strip().splitlines()[-1]
             raise UserError(f"{self.settings['network']} cannot take {list(batch.shape)}: {reason}; see --input, "
@@ -51,6 +55,20 @@ class FeatureNetwork:
             scores = _rows(scores, len(batch), "class scores")
             scores = scores.softmax(1) if self.score_form == "logits" else scores
         return features, scores
+
+
+@contextmanager
+def full_fp32() -> Iterator[None]:
+    """No TF32 in products and convolutions of the block: features must not depend on which GPU makes them."""
+    parts = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [part.allow_tf32 for part in parts]
+    try:
+        for part in parts:
+            part.allow_tf32 = False
+        yield
+    finally:
+        for part, allowed in zip(parts, before):
+            part.allow_tf32 = allowed
 
 
 def _rows(values: Any, samples: int, what: str) -> torch.Tensor:
@@ -147,9 +165,10 @@ def _torchvision(name: str, options: argparse.Namespace, device: torch.device) -
     except (ValueError, AttributeError) as error:
         raise ConfigError(f"--features: torchvision has no network {name!r} with weights of its own") from error
     own = options.feature_weights == "default"
-    # Inception and GoogLeNet spend a minute on initial values that are overwritten unless told not to.
-    quick = {"init_weights": False} if name in ("inception_v3", "googlenet") and not own else {}
-    module = get_model(name, weights=weights if own else None, **quick)
+    # Inception and GoogLeNet spend a minute on initial values that are overwritten unless told not to, and scale their
+    # input for the weights they were published with only where torchvision itself loads these.
+    special = {"init_weights": False, "transform_input": True} if name in SCALE_INPUT and not own else {}
+    module = get_model(name, weights=weights if own else None, **special)
     if not own:
         _fill(module, Path(options.feature_weights))
     module = module.eval().requires_grad_(False).to(device)
@@ -168,6 +187,8 @@ def _torchvision(name: str, options: argparse.Namespace, device: torch.device) -
     settings = {"network": f"{TORCHVISION}{name}", "fingerprint": digest.hexdigest(), "feature_layer": layer,
                 "weights": str(weights) if own else Path(options.feature_weights).name,
                 "score_form": options.score_form}
+    if name in SCALE_INPUT:
+        settings["transform_input"] = module.transform_input
     return FeatureNetwork(partial(_call_module, module, layer), options.score_form, preprocessing, settings, device)
 
 

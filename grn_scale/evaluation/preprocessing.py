@@ -38,14 +38,20 @@ class Preprocessing:
     std: tuple[float, ...] | None = None
     """What each channel is divided by after that."""
 
+    @property
+    def most_frames(self) -> int | None:
+        """How many of a file's first frames are needed at most; None for all."""
+        return self.clip_frames if self.input == "clips" else None
+
     def pick(self, frames: np.ndarray) -> np.ndarray | None:
         """Samples out of a file's frames [T, H, W, 3]: [n, H, W, 3] images, or [1, clip_frames, H, W, 3].
 
-        None where the file is shorter than clip_frames.
+        A copy: while it waits for its batch, the rest of the file is let go. None where the file is shorter than
+        clip_frames.
         """
         if self.input == "images":
-            return frames[::self.frame_every]
-        return frames[None, :self.clip_frames] if len(frames) >= self.clip_frames else None
+            return frames[::self.frame_every].copy()
+        return frames[None, :self.clip_frames].copy() if len(frames) >= self.clip_frames else None
 
     @torch.inference_mode()
     def __call__(self, samples: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -1,18 +1,18 @@
-"""A progress bar on stderr."""
+"""A progress bar on stderr that runs with an iterator."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+from grn_scale.sampling.output import progress_bar
+
 T = TypeVar("T")
 
 
 def shown(items: Iterable[T], total: int, name: str, visible: bool) -> Iterator[T]:
     """The items; a bar of `total` steps runs with them where it is `visible`. Of several processes one shows it."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                  console=Console(stderr=True), disable=not visible) as bar:
-        yield from bar.track(items, total=total, description=name)
+    with progress_bar(name, total, visible) as advance:
+        for item in items:
+            yield item
+            advance(1)

@@ -20,6 +20,8 @@ from grn_scale.errors import UserError
 from grn_scale.evaluation.frechet import Gaussian
 
 NAMES = (("mu", "sigma"), ("mean", "cov"))
+WANTED = frozenset(("mu", "sigma", "mean", "cov", "count", "settings"))
+"""What is unpacked: files of the field may hold all their pictures beside the statistics."""
 LARGEST_BYTES = 1 << 30
 """An array that unpacks to more (a covariance of 11,585 features in fp64) is refused before it is unpacked."""
 ASYMMETRY = 1e-5
@@ -38,10 +40,10 @@ def read_statistics(path: str | Path) -> tuple[Gaussian, dict[str, Any] | None]:
 
     UserError where the file cannot be read, or does not hold finite real numbers [d] and symmetric [d, d].
     """
-    arrays = _arrays(Path(path))
+    arrays, names = _arrays(Path(path))
     found = [pair for pair in NAMES if set(pair) <= arrays.keys()]
     if not found:
-        raise UserError(f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}, but statistics are mu and sigma (or "
+        raise UserError(f"{path} holds {', '.join(sorted(names)) or 'nothing'}, but statistics are mu and sigma (or "
                         "mean and cov)")
     mean, covariance = (_numbers(path, name, arrays[name]) for name in found[0])
     if mean.ndim != 1 or not mean.size or covariance.shape != (mean.size, mean.size):
@@ -56,14 +58,16 @@ def read_statistics(path: str | Path) -> tuple[Gaussian, dict[str, Any] | None]:
     return Gaussian(torch.from_numpy(mean), symmetric, count), settings
 
 
-def _arrays(path: Path) -> dict[str, np.ndarray]:
+def _arrays(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
+    """(the arrays that are WANTED, the names of all)."""
     try:
         with zipfile.ZipFile(path) as archive:
-            large = [entry.filename for entry in archive.infolist() if entry.file_size > LARGEST_BYTES]
+            large = [entry.filename for entry in archive.infolist()
+                     if entry.filename.removesuffix(".npy") in WANTED and entry.file_size > LARGEST_BYTES]
         if large:
             raise UserError(f"{path}: {large[0]} unpacks to more than {LARGEST_BYTES >> 30} GiB; no statistics do")
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+            return {name: file[name] for name in file.files if name in WANTED}, list(file.files)
     except (OSError, ValueError, EOFError, KeyError, RuntimeError, MemoryError, zipfile.BadZipFile,
             NotImplementedError) as error:
         raise UserError(f"cannot read {path} as statistics: {error}; give an .npz file of plain arrays, mu and sigma"

@@ -29,7 +29,8 @@ def decision_entropies(pipeline: GRNPipeline, conditions: Sequence[Condition], s
                        wp: int, seed: int) -> list[float]:
     """Relative entropy of each condition's prediction at step wp: what the rule decides by. Takes wp + 1 steps."""
     shortest = AdaptiveConfig(enabled=True, k=0.0, b=0.0, wp=wp, tmin=wp + 1)
-    return pipeline.generate(conditions, replace(settings, adaptive=shortest), seed=seed).entropies
+    found = pipeline.generate(conditions, replace(settings, adaptive=shortest), seed=seed).entropies
+    return [entropy for entropy in found if entropy is not None]
 
 
 def fit_rule(entropies: Sequence[float], targets: StepTargets, rule: AdaptiveConfig, tmax: int) -> AdaptiveConfig:

@@ -28,12 +28,12 @@ def make_folder(folder: Path) -> None:
 
 
 @contextmanager
-def progress_bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr while the block runs; yields what advances it."""
+def progress_bar(name: str, total: int, visible: bool = True) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr while the block runs, where it is `visible`; yields what advances it."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                  console=Console(stderr=True)) as progress:
+                  console=Console(stderr=True), disable=not visible) as progress:
         task = progress.add_task(name, total=total)
         yield partial(progress.advance, task)

@@ -56,6 +56,22 @@ def test_two_processes_give_what_one_gives(pools, made, tmp_path):
     assert result["features"]["frechet_distance"] > 0 and result["features"]["real"]["unusable"][0]["id"] == "gone"
 
 
+def patience() -> tuple[float, bool]:
+    """Seconds that the processes wait for each other, and whether a group is left afterwards."""
+    import torch
+    import torch.distributed as dist
+
+    from grn_scale.evaluation.job import processes
+
+    with processes() as ranks:
+        seconds = ranks.group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+    return seconds, dist.is_initialized()
+
+
+def test_finished_processes_wait_for_days_in_a_group_that_goes_away(pools):
+    assert pools.run(2, "tests.distributed.test_evaluation_ranks:patience") == [(2 * 86400, False)] * 2
+
+
 def test_a_process_without_work_waits_for_nobody(pools, made, tmp_path):
     (tmp_path / "one.txt").write_text("a red square\n")
     argv = ["evaluate", "--run", f"{made}/run", "--generate", "--prompts", f"{tmp_path}/one.txt",

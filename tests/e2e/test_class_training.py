@@ -86,6 +86,7 @@ def test_the_run_is_sampled_by_class_and_measured_on_held_out_images(trained, tm
         same = results[weights]["training_and_sampling"]
         assert same["samples"] == results[weights]["samples"] > 0
         assert same["largest_score_difference"] < 1e-4 * max(1.0, same["score_standard_deviation"])
+        assert same["agree"] is True
     validated = read_metrics(trained / "metrics.jsonl")[-1]["validation_loss"]
     assert results["raw"]["loss"] == pytest.approx(validated, rel=1e-5) != pytest.approx(results["ema"]["loss"])
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from grn_scale.cli import main
-from tests.helpers.clips import caption
+from tests.helpers.clips import caption, write_clip
 from tests.helpers.evaluation import NETWORK_OPTIONS, write_network
 from tests.helpers.jobs import grn_scale, train_arguments, write_dataset
 
@@ -28,15 +28,18 @@ def arguments(made: Path, output: Path, *more: str) -> list[str]:
             *more]
 
 
-def test_held_out_samples_score_alike_in_training_and_sampling(made, tmp_path, capsys):
-    assert main(arguments(made, tmp_path / "out", "--held-out", "--packs", "2", "--json")) == 0
+@pytest.mark.parametrize(("precision", "allowed"), [("fp32", 1e-4), ("bf16", 0.1)])
+def test_held_out_samples_score_alike_in_training_and_sampling(made, tmp_path, capsys, precision, allowed):
+    assert main([*arguments(made, tmp_path / "out", "--held-out", "--packs", "2", "--json"),
+                 f"train.precision={precision}"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result == json.loads((tmp_path / "out/evaluation.json").read_text())
     held_out = result["held_out"]
     assert held_out["packs"] >= 1 and 0 < held_out["bit_accuracy"] < 1 and len(held_out["loss_by_noise"]) == 10
     same = held_out["training_and_sampling"]
     assert same["samples"] == held_out["samples"] > 0
-    assert same["largest_score_difference"] < 1e-4 * max(1.0, same["score_standard_deviation"])
+    assert same["largest_score_difference"] < allowed * max(1.0, same["score_standard_deviation"])
+    assert same["agree"] is True
 
 
 def test_the_fitted_rule_has_the_mean_that_was_asked_for_and_can_be_sampled_with(made, tmp_path, capsys):
@@ -77,12 +80,15 @@ def test_drawn_samples_and_a_folder_of_them_have_the_same_distance_to_stored_sta
                "tokenize.max_frames=9", "--json"]
     real = ["--real", f"{made}/clips.jsonl", "--save-statistics", f"{tmp_path}/real.npz"]
     assert main([*compare, *real, f"output={tmp_path}/real"]) == 0
-    assert json.loads(capsys.readouterr().out)["features"]["real"]["samples"] == 24
+    about = json.loads(capsys.readouterr().out)["features"]["real"]
+    assert (about["samples"], about["fps"], about["frame_size"]) == (24, 16, "32x32")
     stored = ["--statistics", f"{tmp_path}/real.npz"]
     assert main([*compare, *stored, "--generate", "--prompts", f"{made}/prompts.txt", "--run", f"{made}/run",
                  f"text.encoder={made}/text", "train.precision=fp32", "sampling.tmax=3", "sampling.steps=3",
                  f"output={tmp_path}/drawn"]) == 0
-    drawn = json.loads(capsys.readouterr().out)
+    told = capsys.readouterr()
+    assert "not of the form" not in told.err
+    drawn = json.loads(told.out)
     assert drawn["generated"]["samples"] == drawn["features"]["samples"]["samples"] == 8
     assert main([*compare, *stored, "--samples", f"{tmp_path}/drawn/samples", f"output={tmp_path}/again"]) == 0
     again = json.loads(capsys.readouterr().out)["features"]
@@ -91,6 +97,16 @@ def test_drawn_samples_and_a_folder_of_them_have_the_same_distance_to_stored_sta
     assert main([*compare, *stored, "--samples", f"{tmp_path}/drawn/samples", f"output={tmp_path}/other",
                  "--resize", "8x8"]) == 1
     assert "resize None there, [8, 8] here" in capsys.readouterr().err
+    # Samples of another form, too few for the splits: both are told, and the distance is there.
+    write_clip(tmp_path / "few/a.mp4", 0, height=48, fps=8)
+    write_clip(tmp_path / "few/b.mp4", 1, height=48, fps=8)
+    assert main([*compare, *stored, "--splits", "3", "--samples", f"{tmp_path}/few", f"output={tmp_path}/few_out"]) == 0
+    told = capsys.readouterr()
+    few = json.loads(told.out)["features"]
+    assert few["inception_score"] is None and few["frechet_distance"] > 0
+    message = " ".join(told.err.split())
+    assert "2 samples cannot be cut into 3 splits" in message
+    assert "8 frames a second against 16; frames of 48x32 pixels against 32x32" in message
 
 
 @pytest.mark.parametrize(("more", "message"), [
@@ -100,9 +116,32 @@ def test_drawn_samples_and_a_folder_of_them_have_the_same_distance_to_stored_sta
     (("--held-out", "data.validation_fraction=0.5"), "some of these samples were trained on"),
     (("--reconstruct",), "data.manifest is not set"),
     (("--generate",), "needs --prompts"),
+    (("--generate", "--prompts", "{prompts}", "--size", "100x32"), "96x32 is near"),
+    (("--generate", "--prompts", "{prompts}", "--frames", "8"), "5 would do"),
     (("--features", "n.pt"), "needs samples to judge"),
     (("--features", "n.pt", "--samples", "a", "--generate"), "judge a folder, or samples that are drawn now"),
 ])
 def test_what_is_missing_is_named_and_nothing_is_written(made, tmp_path, capsys, more, message):
-    assert main(arguments(made, tmp_path / "out", *more)) == (1 if "/nowhere" in more else 2)
+    more = [part.format(prompts=made / "prompts.txt") for part in more]
+    assert main(arguments(made, tmp_path / "out", *more)) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    (("--features", "{here}/missing.pt"), "as TorchScript"),
+    (("--features", "{here}/n.pt", "--statistics", "{here}/missing.npz"), "as statistics"),
+    (("--features", "{here}/n.pt", "--resize", "none", "--save-statistics", "{here}/n.pt/s.npz"), "cannot make"),
+    (("--features", "{here}/n.pt", "--save-statistics", "{here}"), "is a folder"),
+])
+def test_what_the_samples_are_to_be_judged_by_is_there_before_any_is_drawn(made, tmp_path, capsys, more, message):
+    write_network(tmp_path / "n.pt")
+    judged = [part.format(here=tmp_path) for part in more]
+    assert main(arguments(made, tmp_path / "out", "--generate", "--prompts", f"{made}/prompts.txt", *judged)) == 1
+    assert message in " ".join(capsys.readouterr().err.split()) and not (tmp_path / "out").exists()
+
+
+def test_the_folder_of_statistics_is_made(made, tmp_path):
+    assert main(["evaluate", "--features", str(write_network(tmp_path / "n.pt")), *NETWORK_OPTIONS, "--real",
+                 f"{made}/clips.jsonl", "--save-statistics", f"{tmp_path}/a/b/real.npz", "tokenize.latent_side=2",
+                 "tokenize.max_frames=9", f"output={tmp_path}/out"]) == 0
+    assert (tmp_path / "a/b/real.npz").is_file()

@@ -60,6 +60,21 @@ def test_features_that_are_no_row_a_sample_are_refused():
     assert net(torch.rand(2, 3, 1, 1))[0].shape == (2, 3)
 
 
+def test_features_are_computed_without_tf32_and_the_switches_are_put_back():
+    switches = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before, seen = [part.allow_tf32 for part in switches], []
+    net = FeatureNetwork(lambda x: (seen.extend(part.allow_tf32 for part in switches) or x, None), "logits", None,
+                         {"network": "n"}, CPU)
+    try:
+        for part in switches:
+            part.allow_tf32 = True
+        net(torch.rand(2, 3))
+        assert seen == [False, False] and all(part.allow_tf32 for part in switches)
+    finally:
+        for part, allowed in zip(switches, before):
+            part.allow_tf32 = allowed
+
+
 def torchvision_models():
     try:
         from torchvision import models
@@ -90,6 +105,19 @@ def test_torchvision_network_gives_what_goes_into_its_last_linear_and_the_classe
         network("torchvision:resnet18", "--feature-weights", str(tmp_path / "weights.pth"), "--feature-layer", "head")
     with pytest.raises(ConfigError, match="no network 'resnet19'"):
         network("torchvision:resnet19")
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_weights_from_a_file_get_the_input_that_they_were_trained_with(tmp_path, name):
+    models = torchvision_models()
+    torch.manual_seed(0)
+    module = models.get_model(name, weights=None, init_weights=False, transform_input=True).eval()
+    torch.save(module.state_dict(), tmp_path / "weights.pth")
+    net = network(f"torchvision:{name}", "--feature-weights", str(tmp_path / "weights.pth"))
+    x = torch.rand(1, 3, 96, 96)
+    with torch.inference_mode():
+        torch.testing.assert_close(net(x)[1], module(x).softmax(1))
+    assert net.settings["transform_input"] is True
 
 
 def test_missing_or_unfitting_torchvision_is_told_with_the_remedy(monkeypatch):

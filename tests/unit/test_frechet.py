@@ -103,17 +103,41 @@ def test_inception_score_of_known_predictions():
     assert mixed.result()["mean"] == pytest.approx(2 * 0.9**0.9 * 0.1**0.1, rel=1e-6)
 
 
-def test_inception_score_of_batches_is_that_of_each_split():
+def inception_score(p: torch.Tensor, splits: int, batch: int) -> InceptionScore:
+    score = InceptionScore(len(p), splits)
+    for part in p.split(batch):
+        score.add(part)
+    return score
+
+
+def test_inception_score_of_batches_is_that_of_each_split_of_nearly_equal_size():
     p = torch.rand(50, 6, generator=torch.Generator().manual_seed(0)).softmax(1)
-    score = InceptionScore(50, 3)
-    for batch in p.split(7):
-        score.add(batch)
+    score = inception_score(p, 3, 7)
+    assert sorted(score.split.bincount().tolist()) == [16, 17, 17]
     wanted = []
     for i in range(3):
-        part = p[50 * i // 3:50 * (i + 1) // 3].double()
+        part = p[score.split == i].double()
         wanted.append((part * (part.log() - part.mean(0).log())).sum(1).mean().exp().item())
     assert score.result()["mean"] == pytest.approx(np.mean(wanted))
     assert score.result()["standard_deviation"] == pytest.approx(np.std(wanted))
+    assert inception_score(p, 3, 50).result()["mean"] == pytest.approx(np.mean(wanted), rel=1e-12)
+
+
+def test_inception_score_of_samples_sorted_by_class_is_about_that_of_shuffled_ones():
+    classes, each = 10, 100
+    p = (5 * torch.eye(classes).repeat_interleave(each, 0)).softmax(1)
+    mixed = p[torch.randperm(len(p), generator=torch.Generator().manual_seed(7))]
+    whole = inception_score(p, 1, 64).result()["mean"]
+    found = [inception_score(rows, 10, 64).result() for rows in (p, mixed)]
+    assert found[0]["mean"] == pytest.approx(found[1]["mean"], rel=0.03) == pytest.approx(whole, rel=0.1)
+    assert found[0]["standard_deviation"] < 0.1 * whole
+
+
+def test_inception_score_is_not_given_before_all_samples_are_there():
+    score = InceptionScore(3, 1)
+    score.add(torch.full((2, 4), 0.25))
+    with pytest.raises(ValueError, match="2 samples were added of 3"):
+        score.result()
 
 
 def test_inception_score_refuses_logits_and_too_few_samples():
@@ -139,6 +163,7 @@ MU, SIGMA = np.zeros(3), np.eye(3)
 
 @pytest.mark.parametrize(("arrays", "message"), [
     ({"mu": MU}, "holds mu, but statistics are mu and sigma"),
+    ({"mu": MU, "cov": SIGMA, "arr_0": MU}, "holds arr_0, cov, mu, but statistics"),
     ({"mu": MU, "sigma": np.eye(4)}, r"\[3\] and sigma \[4, 4\]"),
     ({"mu": MU[None], "sigma": SIGMA}, "must be"),
     ({"mu": MU, "sigma": SIGMA + np.diag([1.0, 1.0], 1)}, "not symmetric"),
@@ -174,6 +199,21 @@ def test_an_archive_that_would_fill_the_memory_is_refused_before_it_is_unpacked(
         archive.writestr("mu.npy", bytes(100_000))
     with pytest.raises(UserError, match="unpacks to more"):
         read_statistics(tmp_path / "bomb.npz")
+
+
+def test_what_lies_beside_the_statistics_is_not_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr("grn_scale.evaluation.statistics_file.LARGEST_BYTES", 1000)
+    np.savez(tmp_path / "batch.npz", arr_0=np.zeros(10_000, np.uint8), objects=np.array([{}], dtype=object), mu=MU,
+             sigma=SIGMA)
+    found, settings = read_statistics(tmp_path / "batch.npz")
+    assert torch.equal(found.covariance, torch.eye(3, dtype=torch.float64)) and settings is None
+
+
+def test_samples_wait_as_copies_that_do_not_keep_their_file_in_memory():
+    frames = np.zeros((6, 2, 2, 3), np.uint8)
+    for prepare in (Preprocessing(frame_every=2), Preprocessing(), Preprocessing(input="clips", clip_frames=3)):
+        assert not np.shares_memory(prepare.pick(frames), frames)
+    assert Preprocessing(input="clips", clip_frames=3).most_frames == 3 and Preprocessing().most_frames is None
 
 
 def test_preprocessing_scales_shifts_and_stretches_as_it_says():
