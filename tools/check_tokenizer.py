@@ -9,7 +9,7 @@ For every clip, at its own size (cut to whole cells of 16 pixels) and 1 + 4k fra
 - the first five frames of the first clip at the official widths (160 and 256);
 - the tokenizer that ships (`tokenizer.path`): the same, and the PSNR after HBQ.
 Every measurement runs in a process of its own. Writes check.json, row by row. Exit code 1 where a bound is broken.
-It takes most of an hour for four clips of 81 frames in 480p on two cores, and 20 GB of memory for one pass.
+It takes about half an hour for four clips of 81 frames in 480p on two cores, and 12 GB of memory.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def _alone(work, *arguments) -> dict[str, Any]:
             return pool.submit(work, *arguments).result()
         except BrokenProcessPool as error:
             raise UserError(f"the process of {work.__name__} was killed, most likely for its memory (one pass of a "
-                            "480p clip of 81 frames takes up to 20 GB): use shorter clips, or a larger machine"
+                            "480p clip of 81 frames takes 10 GB): use shorter clips, or a larger machine"
                             ) from error
 
 

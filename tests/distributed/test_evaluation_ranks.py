@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.clips import caption, write_clip, write_manifest, write_text_encoder, write_tokenizer
 from tests.helpers.evaluation import NETWORK_OPTIONS, command, write_network, write_run
+from tests.helpers.rank_pool import RankPools
 
 PROMPTS = 5
+
+
+@pytest.fixture(scope="module")
+def pools() -> Iterator[RankPools]:
+    """Processes of this file's own: the command joins them itself, and leaves."""
+    started = RankPools()
+    yield started
+    started.close()
 
 
 @pytest.fixture(scope="module")
