@@ -23,6 +23,10 @@ LAYOUTS = {
     "TP2 with SP, full recompute": (2, {"tensor": 2, "recompute": "full"}),
 }
 
+TWICE = {("TP2 with SP", "sgd"), ("TP2 without SP", "adamw"), ("PP2 x VPP2", "sgd"), ("DP2 ZeRO-0", "sgd"),
+         ("TP2 with SP, full recompute", "adamw")}
+"""Layouts whose other optimizer is in the quick suite; these run with -m slow."""
+
 
 def run(pools: RankPools, ranks: int, config, steps: int, empty: bool = False) -> list[dict]:
     return pools.run(ranks, "tests.helpers.parity:engine_run", config=config, steps=steps, empty=empty)
@@ -37,8 +41,9 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm().clamp(min=1e-12)).item()
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout,optimizer", [
+    pytest.param(layout, optimizer, marks=[pytest.mark.slow] * ((layout, optimizer) in TWICE))
+    for layout in LAYOUTS for optimizer in ("sgd", "adamw")])
 def test_training_equals_plain_torch_in_fp32(pools, layout: str, optimizer: str) -> None:
     ranks, settings = LAYOUTS[layout]
     expected = reference(STEPS, optimizer=optimizer)
