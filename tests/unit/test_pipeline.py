@@ -14,6 +14,7 @@ from grn_scale.errors import ConfigError, UserError
 from grn_scale.model import build_model
 from grn_scale.sampling import GRNPipeline, SamplingSettings, generate
 from grn_scale.tokenizer import load_tokenizer
+from grn_scale.tokenizer.layers import use_channels_last
 from grn_scale.tokenizer.text import load_text_encoder
 from grn_scale.tokenizer.video import VideoTokenizer, VideoTokenizerShape
 
@@ -26,7 +27,8 @@ SMALL = {"num_frames": 5, "height": 32, "width": 48, "num_inference_steps": 3, "
 def pipeline(tmp_path_factory) -> GRNPipeline:
     folder = build_text_encoder(["a red circle", "a blue square"], tmp_path_factory.mktemp("text") / "encoder")
     torch.manual_seed(0)
-    tokenizer = VideoTokenizer(VideoTokenizerShape(4, 4, 4)).eval().requires_grad_(False)
+    # Laid out in memory as a loaded one is: results then agree to the last bit.
+    tokenizer = use_channels_last(VideoTokenizer(VideoTokenizerShape(4, 4, 4))).eval().requires_grad_(False)
     return GRNPipeline(build_model(MODEL, seed=1).eval(), tokenizer, load_text_encoder(folder, 16))
 
 
@@ -126,7 +128,8 @@ def test_a_converted_folder_is_the_same_pipeline(pipeline, tmp_path):
     weights = [whole(name, tensor.detach()) for name, tensor in pipeline.model.named_parameters()]
     state = {"step": 1, "config": {"model": to_dict(MODEL)}}
     save_checkpoint(tmp_path / "run", 1, {"model": weights}, state, keep_last=1)
-    save_file(pipeline.tokenizer.state_dict(), tmp_path / "tokenizer.safetensors")
+    stored = {name: tensor.contiguous() for name, tensor in pipeline.tokenizer.state_dict().items()}
+    save_file(stored, tmp_path / "tokenizer.safetensors")
     encoder = build_text_encoder(["a red circle", "a blue square"], tmp_path / "encoder")
     assert main(["convert", "--input", f"{tmp_path}/run", "--from", "native", "--to", "hf", "--output",
                  f"{tmp_path}/hf", "--tokenizer", f"{tmp_path}/tokenizer.safetensors", "--text-encoder",
