@@ -68,8 +68,8 @@ def _arrays(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
             raise UserError(f"{path}: {large[0]} unpacks to more than {LARGEST_BYTES >> 30} GiB; no statistics do")
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files if name in WANTED}, list(file.files)
-    except (OSError, ValueError, EOFError, KeyError, RuntimeError, MemoryError, zipfile.BadZipFile,
-            NotImplementedError) as error:
+    except (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, RuntimeError) as error:
+        # RuntimeError: zipfile raises it for an encrypted entry, and a kind of it for a compression it does not know.
         raise UserError(f"cannot read {path} as statistics: {error}; give an .npz file of plain arrays, mu and sigma"
                         ) from error
     except zlib.error as error:
