@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from grn_scale.config.schema import TokenizeConfig
+from grn_scale.config.data_schema import TokenizeConfig
 from grn_scale.data.decode import DecodedClip, DecodeError, DecodeRequest
 from grn_scale.data.decode_pool import DecodePool
 from grn_scale.data.manifest import Clip

@@ -4,15 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from grn_scale.config.schema import (
-    AdaptiveConfig,
-    Config,
-    LabelledShape,
-    NoiseConfig,
-    require,
-    require_choice,
-    require_positive,
-)
+from grn_scale.config.rules import require, require_choice, require_positive
+from grn_scale.config.schema import AdaptiveConfig, Config, LabelledShape, NoiseConfig
 
 
 @dataclass(frozen=True)

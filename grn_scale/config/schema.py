@@ -8,24 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from grn_scale.errors import ConfigError
-
-MOST_TEXT_TOKENS = 512  # text token k turns by time position k; those after belong to noise level and frames
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise ConfigError with `message` unless `condition` holds."""
-    if not condition:
-        raise ConfigError(message)
-
-
-def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    require(value in choices, f"{name} is {value!r}, but must be one of {', '.join(choices)}")
-
-
-def require_positive(section: str, **values: float) -> None:
-    for name, value in values.items():
-        require(value > 0, f"{section}.{name} is {value}, but must be greater than 0")
+from grn_scale.config.data_schema import DataConfig, TextConfig, TokenizeConfig, TokenizerConfig
+from grn_scale.config.rules import require, require_choice, require_positive
 
 
 class LabelledShape:
@@ -92,103 +76,6 @@ class ModelConfig(LabelledShape):
         require(self.num_layers % self.num_chunks == 0,
                 f"model.num_layers ({self.num_layers}) must be a multiple of model.num_chunks ({self.num_chunks})")
         require(0 < self.end_fraction <= 1, f"model.end_fraction is {self.end_fraction}, but must lie in (0, 1]")
-
-
-@dataclass(frozen=True)
-class TokenizerConfig:
-    """Which video tokenizer turns pixels into latents."""
-
-    path: str = "small"
-    """safetensors file with official key names, or "small" for the one that ships with grn_scale."""
-
-
-@dataclass(frozen=True)
-class TextConfig:
-    """Which text encoder turns captions into states."""
-
-    encoder: str = ""
-    """Hugging Face folder of a UMT5 encoder with its sentencepiece tokenizer."""
-    max_tokens: int = 512
-    """Longer captions are cut, the end token kept."""
-
-    def __post_init__(self) -> None:
-        require_positive("text", max_tokens=self.max_tokens)
-        require(self.max_tokens <= MOST_TEXT_TOKENS,
-                f"text.max_tokens is {self.max_tokens}, but the model has positions for at most {MOST_TEXT_TOKENS}")
-
-
-@dataclass(frozen=True)
-class TokenizeConfig:
-    """How clips become token shards."""
-
-    fps: float = 16.0
-    """Frames a second of the tokenized clip; sources are sampled by their timestamps."""
-    max_frames: int = 209
-    """Longest clip kept, in frames of `fps` (1 + 4k)."""
-    latent_side: int = 40
-    """Side of a square clip in latent cells of 16 pixels: 16, 32, 40, 60, 64, 90 are the official budgets
-    0.06M, 0.25M, 0.41M, 0.92M, 1M, 2M; the aspect ratio then gives height and width."""
-    shard_samples: int = 1024
-    """Samples a video shard holds."""
-    batch_clips: int = 8
-    """Clips of one bucket that are encoded together."""
-    decode_processes: int = 1
-    """Child processes that decode; a crash or hang costs one clip."""
-    decode_timeout_seconds: float = 60.0
-    max_bad_fraction: float = 0.05
-    """Stop (exit 78) when more of the manifest than this is quarantined."""
-
-    def __post_init__(self) -> None:
-        require_positive("tokenize", fps=self.fps, latent_side=self.latent_side, shard_samples=self.shard_samples,
-                         batch_clips=self.batch_clips, decode_processes=self.decode_processes,
-                         decode_timeout_seconds=self.decode_timeout_seconds)
-        require(self.max_frames >= 1 and self.max_frames % 4 == 1,
-                f"tokenize.max_frames is {self.max_frames}, but the tokenizer takes 1 + 4k frames: "
-                f"{self.max_frames - (self.max_frames - 1) % 4} would do")
-        require(0 <= self.max_bad_fraction <= 1,
-                f"tokenize.max_bad_fraction is {self.max_bad_fraction}, but must lie between 0 and 1")
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """What is read, and how draws are formed and packed."""
-
-    manifest: str = ""
-    """JSONL manifest, read by tokenize."""
-    dataset: str = ""
-    """Folder of token shards with dataset.json, read by train."""
-    token_budget: int = 4096
-    """Tokens a pack is padded to; a multiple of 128 that belongs to the data, not to the layout."""
-    packs_per_step: int = 1
-    """Global batch, counted in packs."""
-    validation_fraction: float = 0.01
-    """Share of samples held out, chosen by a hash of their key."""
-    validation_packs: int = 4
-    """Packs of held-out samples one evaluation reads."""
-    caption_drop: float = 0.1
-    """Probability that a draw is trained without its caption (guidance needs the empty caption)."""
-    i2v_share: float = 0.0
-    """Probability that a draw of a video is trained as image-to-video."""
-    window_shards: int = 16
-    """Shards that are shuffled and packed together; bounds the memory of planning."""
-    bad_sample_limit: int = 1000
-    """More corrupt or unreadable samples than this, over all processes, stop the run (exit 78)."""
-    ledger: bool = False
-    """Write which samples each step took into the run folder's ledger.jsonl (about 40 bytes a sample), from which
-    `grn-scale verify --ledger` proves that an epoch took each of them once."""
-
-    def __post_init__(self) -> None:
-        require(self.token_budget > 0 and self.token_budget % 128 == 0,
-                f"data.token_budget is {self.token_budget}, but must be a positive multiple of 128: "
-                f"{max(128, round(self.token_budget / 128) * 128)} is the nearest")
-        require_positive("data", packs_per_step=self.packs_per_step, validation_packs=self.validation_packs,
-                         window_shards=self.window_shards)
-        require(self.bad_sample_limit >= 0,
-                f"data.bad_sample_limit is {self.bad_sample_limit}, but must not be negative")
-        for name in ("validation_fraction", "caption_drop", "i2v_share"):
-            value = getattr(self, name)
-            require(0 <= value < 1 or (name == "i2v_share" and value == 1),
-                    f"data.{name} is {value}, but must lie in [0, 1)")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 from grn_scale.batch import Draw, Pack
-from grn_scale.config.schema import DataConfig
+from grn_scale.config.data_schema import DataConfig
 from grn_scale.data.packing import pack
 from grn_scale.data.schema import DatasetInfo, IndexRow, TextRef
 from grn_scale.errors import ConfigError

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from grn_scale.config.schema import TokenizeConfig
+from grn_scale.config.data_schema import TokenizeConfig
 from grn_scale.data.decode import DecodeError, DecodeRequest, decode_clip
 from grn_scale.data.decode_pool import DecodePool
 from grn_scale.data.manifest import Clip, load_manifest

@@ -13,7 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grn_scale.config.schema import TokenizeConfig
+from grn_scale.config.data_schema import TokenizeConfig
 
 if TYPE_CHECKING:
     import torch

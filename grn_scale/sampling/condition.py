@@ -6,14 +6,9 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from grn_scale.config.schema import (
-    MOST_TEXT_TOKENS,
-    AdaptiveConfig,
-    ModelConfig,
-    SamplingConfig,
-    require,
-    require_positive,
-)
+from grn_scale.config.data_schema import MOST_TEXT_TOKENS
+from grn_scale.config.rules import require, require_positive
+from grn_scale.config.schema import AdaptiveConfig, ModelConfig, SamplingConfig
 from grn_scale.errors import UserError
 from grn_scale.model.sequence import Grid
 

@@ -67,9 +67,13 @@ class CausalConv3d(nn.Conv3d):
             return matrix_conv(x, weight, self.bias)
         if x.shape[2] == 1:
             return F.conv2d(x.squeeze(2), weight.squeeze(2), self.bias, padding=self.padding[1:]).unsqueeze(2)
-        if x.device.type == "cpu" and x.shape[0] == 1 and x.shape[1:4].numel() <= SLOW_CONV3D_NUMEL:
-            return self._by_frames(x)
+        if x.device.type == "cpu" and (x.numel() < self.weight.numel() or self._is_slow_conv3d(x)):
+            return self._by_frames(x)  # copies x; the 3D convolution copies the weight
         return super().forward(x)
+
+    @staticmethod
+    def _is_slow_conv3d(x: torch.Tensor) -> bool:
+        return x.shape[0] == 1 and x.shape[1:4].numel() <= SLOW_CONV3D_NUMEL
 
     def _past(self, x: torch.Tensor, history: History) -> torch.Tensor:
         """The frames before x that the kernel reaches: those kept, zeros, or none before a lone first frame."""
@@ -84,7 +88,7 @@ class CausalConv3d(nn.Conv3d):
         taps, frames = self.kernel_size[0], x.shape[2] - self.kernel_size[0] + 1
         x = torch.cat([x[:, :, tap:tap + frames] for tap in range(taps)], 1)
         weight = self.weight.transpose(1, 2).flatten(1, 2)
-        return batch_to_frames(F.conv2d(frames_to_batch(x), weight, self.bias, padding=self.padding[1:]), 1)
+        return batch_to_frames(F.conv2d(frames_to_batch(x), weight, self.bias, padding=self.padding[1:]), x.shape[0])
 
 
 class ChannelNorm(nn.Module):
@@ -266,7 +270,9 @@ def unpatchify(x: torch.Tensor) -> torch.Tensor:
 def use_channels_last(module: nn.Module) -> nn.Module:
     """`module` itself, its convolutions' weights laid out channels last: same results, up to 2.5 x faster on a CPU."""
     for part in module.modules():
-        if isinstance(part, nn.Conv3d):
+        if isinstance(part, CausalConv3d):  # out, rows, columns, frames, in: `_by_frames` need not move a weight
+            part.weight.data = part.weight.data.permute(0, 3, 4, 2, 1).contiguous().permute(0, 4, 3, 1, 2)
+        elif isinstance(part, nn.Conv3d):
             part.to(memory_format=torch.channels_last_3d)
         elif isinstance(part, nn.Conv2d):
             part.to(memory_format=torch.channels_last)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from grn_scale.batch import TASKS
-from grn_scale.config.schema import MOST_TEXT_TOKENS
+from grn_scale.config.data_schema import MOST_TEXT_TOKENS
 from grn_scale.errors import UserError
 
 if TYPE_CHECKING:

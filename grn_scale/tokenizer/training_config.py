@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from grn_scale.config.schema import require, require_choice, require_positive
+from grn_scale.config.rules import require, require_choice, require_positive
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from grn_scale.config.schema import TokenizeConfig
+from grn_scale.config.data_schema import TokenizeConfig
 from grn_scale.data.decode import DecodeError
 from grn_scale.errors import ConfigError, UserError
 from grn_scale.evaluation.clips import ClipSet, read_frames

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from grn_scale.config.schema import DataConfig
+from grn_scale.config.data_schema import DataConfig
 from grn_scale.data.plan import FIRST_VALIDATION_DRAW, DataState, Plan, held_out, sample_weights
 from grn_scale.errors import ConfigError
 from tests.helpers.memory_index import EMPTY_TEXT, MemoryIndex, make_index, make_row

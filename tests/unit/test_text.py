@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from grn_scale.batch import TASKS
-from grn_scale.config.schema import MOST_TEXT_TOKENS
+from grn_scale.config.data_schema import MOST_TEXT_TOKENS
 from grn_scale.demo.text_encoder import HIDDEN_SIZE, build_text_encoder
 from grn_scale.errors import UserError
 from grn_scale.model.rope import LEVEL_TIME
