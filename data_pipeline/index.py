@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from grn_scale.command_line import CommandParser, choose, run
@@ -15,8 +17,9 @@ from grn_scale.config.check import check_layout
 from grn_scale.config.class_schema import SCHEMAS
 from grn_scale.config.schema import Config
 from grn_scale.data.loader import check_step_size
+from grn_scale.data.mixture import Mixture
 from grn_scale.data.packing import Cost, assign
-from grn_scale.data.plan import Index, Plan
+from grn_scale.data.plan import Plan
 from grn_scale.errors import ConfigError
 from grn_scale.parallel.dims import Coordinate, Dims
 
@@ -25,7 +28,7 @@ def steps_of_plan(plan: Plan, packs_per_step: int, ranks: int, cost: Cost, steps
     """For each step its global batch as plain values: samples, lengths and cost (training FLOPs) by data-parallel
     rank and pack, in micro-batch order; fill of the packs that are not empty; cost of the busiest rank over the mean.
     """
-    state = plan.state_at(steps.start, packs_per_step)
+    state = plan.state_at(steps.start, packs_per_step, functools.partial(_tracked, windows=plan.windows))
     for step in steps:
         packs, after = plan.next_step(state, packs_per_step)
         costs = [cost.of(draw.tokens for draw in pack.draws) for pack in packs]
@@ -37,42 +40,57 @@ def steps_of_plan(plan: Plan, packs_per_step: int, ranks: int, cost: Cost, steps
             "max_over_mean_cost": max(loads) * ranks / sum(loads),
             "ranks": [{"rank": rank, "cost": loads[rank], "packs": [
                 {"position": packs[i].position, "tokens": packs[i].tokens, "cost": costs[i], "samples": [
-                    {"draw": draw.index, "id": draw.key, "task": draw.task, "tokens": draw.tokens,
-                     "text_tokens": draw.text_tokens} for draw in packs[i].draws]}
+                    {"draw": draw.index, "id": draw.key, "dataset": draw.dataset, "task": draw.task,
+                     "tokens": draw.tokens, "text_tokens": draw.text_tokens} for draw in packs[i].draws]}
                 for i in mine]} for rank, mine in enumerate(by_rank)],
         }
         state = after
 
 
-def plan_document(index: Index, config: Config, world_size: int, steps: range) -> dict[str, Any]:
+def plan_document(mixture: Mixture, config: Config, world_size: int, steps: range) -> dict[str, Any]:
     """What `index plan` prints; `processes` lists the global ranks that read what a data-parallel rank reads.
 
-    Raises ConfigError where the configuration does not fit the world size or the index.
+    `expected_visits` is the size of an epoch, held-out samples counted in. Raises ConfigError where the configuration
+    does not fit the world size or the index.
     """
     check_layout(config, world_size)
     dims = Dims.of_world(world_size, config.parallel.tensor, config.parallel.pipeline)
     data, model = config.data, config.model
-    plan = Plan.of(index, data, config.seed)
+    plan = Plan.of(mixture, data, config.seed)
     check_step_size(plan, data.packs_per_step)
     cost = Cost.of_shape(model.num_layers, model.hidden_size, model.ffn_hidden_size)
-    return {"snapshot": index.snapshot, "settings": plan.settings, "token_budget": data.token_budget,
-            "packs_per_step": data.packs_per_step, "samples": plan.samples, "packs_in_epoch": plan.packs_in_epoch(0),
+    return {"snapshot": mixture.snapshot, "settings": plan.settings, "token_budget": data.token_budget,
+            "packs_per_step": data.packs_per_step, "samples": mixture.samples,
+            "expected_visits": mixture.expected_visits,
+            "datasets": [{"dataset": mixture.name(number), "samples": dataset.info.samples,
+                          "visits_of_an_image": visits.images, "visits_of_a_video": visits.videos}
+                         for number, (dataset, visits) in enumerate(zip(mixture.datasets, mixture.visits))],
             "world_size": world_size, "data_parallel_size": dims.data,
             "processes": [dims.model_group(dims.rank(Coordinate(0, rank, 0))) for rank in range(dims.data)],
             "steps": list(steps_of_plan(plan, data.packs_per_step, dims.data, cost, steps))}
 
 
+def _tracked(walk: Iterator, windows: int) -> Iterable:
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(walk, "counting packs", total=windows, console=Console(stderr=True), transient=True)
+
+
 def render(document: dict[str, Any]) -> str:
     """The document as text for people."""
-    lines = [f"{document['samples']} samples, {document['packs_in_epoch']} packs of {document['token_budget']} tokens "
-             f"in the first epoch; {document['packs_per_step']} packs a step on {document['data_parallel_size']} "
-             f"data-parallel ranks"]
+    lines = [f"{document['samples']} samples, about {document['expected_visits']:.0f} visits an epoch; "
+             f"{document['packs_per_step']} packs of {document['token_budget']} tokens a step on "
+             f"{document['data_parallel_size']} data-parallel ranks"]
+    lines += [f"dataset {number}  {part['dataset']}  {part['samples']} samples, visits of an image "
+              f"{part['visits_of_an_image']:.4g}, of a video {part['visits_of_a_video']:.4g}"
+              for number, part in enumerate(document["datasets"])]
     for step in document["steps"]:
         lines.append(f"step {step['step']}  epoch {step['epoch']}  fill {step['fill']:.1%}  "
                      f"busiest rank / mean cost {step['max_over_mean_cost']:.3f}")
         for rank in step["ranks"]:
             for pack in rank["packs"]:
-                ids = " ".join(f"{s['id']}:{s['tokens']}" for s in pack["samples"]) or "(empty)"
+                ids = " ".join(f"{s['dataset']}/{s['id']}:{s['tokens']}" for s in pack["samples"]) or "(empty)"
                 lines.append(f"  rank {rank['rank']}  pack {pack['position']}  {pack['tokens']} tokens  "
                              f"{pack['cost']:.3g} FLOPs  {ids}")
     return "\n".join(lines)
@@ -88,21 +106,18 @@ def _steps(text: str) -> range:
 def show_plan(argv: list[str]) -> int:
     """Exit code of `grn-scale index plan argv...`; prints the plan."""
     parser = CommandParser(
-        "index plan", "Show which samples each rank reads at each step, without reading data: sample:tokens by rank "
-        "and pack, in the order they are run.",
+        "index plan", "Show which samples each rank reads at each step, without reading data: dataset/sample:tokens by "
+        "rank and pack, in the order they are run.",
         "grn-scale index plan --dataset tokens/ --world-size 8 --steps 0:3 data.packs_per_step=16", json=True,
         schema=SCHEMAS)
-    parser.add_argument("--dataset", metavar="DIR", help="folder of token shards (default: data.dataset)")
+    parser.add_argument("--dataset", metavar="DIR", help="folder of token shards (default: those of the data section)")
     parser.add_argument("--world-size", type=int, default=1, metavar="N", help="processes of the run (default: 1)")
     parser.add_argument("--steps", default="0:1", metavar="A:B", help="steps A to B - 1, counted from 0 (default: 0:1)")
     config, options = parser.parse_command(argv)
     steps = _steps(options.steps)
-    folder = options.dataset or config.data.dataset
-    if not folder:
-        raise ConfigError("no dataset: give --dataset DIR or data.dataset=DIR")
-    from grn_scale.data.shards import Dataset
-
-    document = plan_document(Dataset.open(folder), config, options.world_size, steps)
+    data = replace(config.data, dataset=options.dataset, mixture=()) if options.dataset else config.data
+    config = replace(config, data=data)
+    document = plan_document(Mixture.open(data), config, options.world_size, steps)
     print(json.dumps(document) if options.json else render(document))
     return 0
 

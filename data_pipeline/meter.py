@@ -1,100 +1,93 @@
-"""What a long job shows while it runs: a progress bar on stderr, status.json, and where the seconds went."""
+"""What a worker of the fleet says of itself while it works: counts, and where its time goes, in a small JSON file."""
 
 from __future__ import annotations
 
+import json
 import logging
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-from grn_scale.atomic import write_json
 from grn_scale.errors import UserError
+from grn_scale.storage import Storage
 
 log = logging.getLogger(__name__)
 
-STATUS_SECONDS = 2.0
+FOLDER = "workers/"
+WRITE_SECONDS = 2.0
 
 
-class Meter:
-    """Counts clips and frames and times the parts of the work; use as a context manager."""
+class WorkerMeter:
+    """Counts and times of one worker, written to workers/<name>.json every few seconds; use as a context manager."""
 
-    def __init__(self, status_file: Path):
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    def __init__(self, storage: Storage, name: str, decoders: int = 0,
+                 decode_seconds: Callable[[], float] = float) -> None:
+        """decode_seconds: says how long the `decoders` decoding processes were busy so far, all together."""
+        self._storage, self._name, self._decoders, self._decode_seconds = storage, name, decoders, decode_seconds
+        self._began = time.monotonic()
+        self._began_at = time.time()
+        self._counts: dict[str, int] = defaultdict(int)
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._writer = threading.Thread(target=self._write_often, name="write-status", daemon=True)
 
-        self._status_file = status_file
-        self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(), console=Console(stderr=True))
-        self._stage, self._done, self._total = "", 0, 0
-        self._began = self._written = time.monotonic()
-        self._stage_seconds: dict[str, float] = {}
-        self._task: Any = None
-        self.seconds: dict[str, float] = defaultdict(float)
-        """Seconds of the main process by part of the work."""
-        self.clips = 0
-        """Clips encoded by this run."""
-        self.frames = 0
-
-    def __enter__(self) -> Meter:
-        self._progress.start()
+    def __enter__(self) -> WorkerMeter:
+        self._writer.start()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._progress.stop()
-        if error[0] is None:
-            self._write("done")
-            return
-        try:
-            self._write("stopped")
-        except UserError as failure:
-            # What ended the work is the message people need; this one would hide it.
-            log.warning("%s is out of date: %s", self._status_file, failure)
-
-    @contextmanager
-    def stage(self, name: str, total: int) -> Iterator[None]:
-        """Show a bar of `total` items called `name` while the block runs."""
-        self._stage, self._done, self._total = name, 0, total
-        self._task = self._progress.add_task(name, total=total, rate="")
-        began = time.monotonic()
-        try:
-            yield
-        finally:
-            self._stage_seconds[name] = time.monotonic() - began
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self._stop.set()
+        self._writer.join()
+        self._write("done" if error is None else "stopped")
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
-        """Add the seconds of the block to `part`."""
-        began = time.monotonic()
+        """Add the seconds of the block to `part`; several threads may."""
+        began = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[part] += time.monotonic() - began
+            with self._lock:
+                self._seconds[part] += time.perf_counter() - began
 
-    def advance(self, items: int = 1) -> None:
-        """`items` more of the stage are done."""
-        self._done += items
-        self._progress.update(self._task, advance=items, rate=self._rate_text())
-        if time.monotonic() - self._written >= STATUS_SECONDS:
-            self._write("running")
+    def encoded(self, clips: int, frames: int) -> None:
+        """So many clips have been encoded."""
+        self._add(clips=clips, frames=frames)
 
-    def status(self) -> dict[str, Any]:
-        """Rates and times so far, as plain values. Rates count what this run encoded."""
-        busy = sum(self.seconds[part] for part in ("decode_wait", "encode", "write"))
-        return {"stage": self._stage, "done": self._done, "total": self._total, "clips": self.clips,
-                "frames": self.frames, "clips_per_second": self.clips / busy if busy else 0.0,
-                "frames_per_second": self.frames / busy if busy else 0.0,
-                "seconds": {part: round(seconds, 3) for part, seconds in sorted(self.seconds.items())},
-                "stage_seconds": {name: round(seconds, 3) for name, seconds in self._stage_seconds.items()},
-                "seconds_in_all": round(time.monotonic() - self._began, 3)}
+    def failed(self) -> None:
+        """A clip could not be decoded."""
+        self._add(failed=1)
 
-    def _rate_text(self) -> str:
-        status = self.status()
-        return f"{status['clips_per_second']:.1f} clips/s" if self._stage == "videos" and self.clips else ""
+    def finished(self, lines: int) -> None:
+        """A chunk of so many manifest lines is finished."""
+        self._add(chunks=1, lines=lines)
+
+    def status(self, state: str = "working") -> dict[str, Any]:
+        """Counts and seconds since the start; `began` and `written` are Unix times."""
+        with self._lock:
+            counts = {name: self._counts[name] for name in ("chunks", "lines", "clips", "frames", "failed")}
+            seconds = {name: round(value, 3) for name, value in sorted(self._seconds.items())}
+        return {"state": state, "began": self._began_at, "written": time.time(),
+                "wall_seconds": round(time.monotonic() - self._began, 3), **counts,
+                "decoders": self._decoders, "seconds": {**seconds, "decode": round(self._decode_seconds(), 3)}}
+
+    def _add(self, **amounts: int) -> None:
+        with self._lock:
+            for name, amount in amounts.items():
+                self._counts[name] += amount
+
+    def _write_often(self) -> None:
+        while not self._stop.wait(WRITE_SECONDS):
+            self._write("working")
 
     def _write(self, state: str) -> None:
-        self._written = time.monotonic()
-        write_json(self._status_file, {"state": state, **self.status()})
+        try:
+            self._storage.write_bytes(f"{FOLDER}{self._name}.json", json.dumps(self.status(state)).encode())
+        except (OSError, UserError) as error:  # the work goes on without its display
+            log.warning("cannot write the status of this worker: %s", error)

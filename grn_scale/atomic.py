@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
+import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +17,9 @@ from grn_scale.errors import UserError
 
 PARTIAL = ".partial"
 """Ends the name of what is still being written."""
+_LEFTOVER = re.compile(r"(?P<name>.+)\.[A-Za-z0-9-]*-\d+-\d+" + re.escape(PARTIAL))
+_HOST = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
+_writes = itertools.count()
 DISK_FULL = {errno.ENOSPC: "no space left on the device", errno.EDQUOT: "the disk quota is spent",
              errno.EFBIG: "the file size limit is reached"}
 
@@ -22,12 +28,12 @@ DISK_FULL = {errno.ENOSPC: "no space left on the device", errno.EDQUOT: "the dis
 def atomic_file(path: str | Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     """Binary stream that becomes `path` when the block ends; after an error nothing of it is left.
 
-    Written under a temporary name in the same folder, flushed to the disk (unless not `durable`: then a power cut
-    may lose it), then renamed: a reader, or a run after a kill, sees the old file or the whole new one. Raises
-    UserError where the disk is full.
+    Written under a name of this writer's own in the same folder, flushed to the disk (unless not `durable`: then a
+    power cut may lose it), then renamed: a reader, or a run after a kill, sees the old file or a whole new one, also
+    where several processes on several machines write the same file. Raises UserError where the disk is full.
     """
     path = Path(path)
-    temporary = path.with_name(path.name + PARTIAL)
+    temporary = path.with_name(f"{path.name}.{_HOST}-{os.getpid()}-{next(_writes)}{PARTIAL}")
     try:
         with open(temporary, "wb") as stream:
             yield stream
@@ -41,6 +47,12 @@ def atomic_file(path: str | Path, *, durable: bool = True) -> Iterator[BinaryIO]
             raise UserError(f"cannot write {path}: {DISK_FULL[error.errno]}; the unfinished file is removed and "
                             "finished ones are kept: free space, then run the same command again") from error
         raise
+
+
+def intended_name(name: str) -> str:
+    """Name that a file was to get which a killed writer left behind; any other name as it is."""
+    leftover = _LEFTOVER.fullmatch(name)
+    return leftover["name"] if leftover else name
 
 
 def append_line(path: str | Path, line: str) -> None:

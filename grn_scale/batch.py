@@ -23,17 +23,20 @@ class Draw:
     key: str
     """Key of the video sample."""
     row: int
-    """Row of the index the sample's bytes are found by."""
+    """Row of its dataset's index, which the sample's bytes are found by."""
     thw: tuple[int, int, int]
     """Latent frames, height, width."""
     ratio_key: float
     """Height/width template of its bucket; spans the rotary positions."""
     task: str
     """T2I, T2V or I2V."""
-    text_key: str
-    """Key of the text entry (the empty caption's where the caption is dropped)."""
+    caption: int
+    """Which of the sample's captions it is drawn with; -1: the empty one."""
     text_tokens: int
     """True length of the text entry."""
+    dataset: int = 0
+    """Which dataset of the mixture holds the sample."""
+    class_id: int | None = None
 
     @property
     def visual_tokens(self) -> int:
@@ -73,7 +76,9 @@ class Sample:
     draw: Draw
     bits: np.ndarray
     """uint8, np.packbits of bits [t, h, w, rounds * latent_channels]."""
-    text_states: torch.Tensor
-    """bf16 or fp32 [draw.text_tokens, text_hidden_size]."""
+    text_states: torch.Tensor | None
+    """bf16 or fp32 [draw.text_tokens, text_hidden_size]; None until the text encoder has run over `text_ids`."""
     valid: bool = True
     """False for corrupt bytes: the slot stays, with loss weight 0 (bits and states are zeros)."""
+    text_ids: tuple[int, ...] | None = None
+    """Token ids, draw.text_tokens of them, where the dataset holds no states."""

@@ -1,13 +1,14 @@
 """Random numbers keyed by what they are for: (seed, purpose, index...), never by rank, worker or order.
 
-Scalars on the host come from xxh3 of the key. Tensors come from a counter-based hash in torch integer
-operations, so that CPU, CUDA and any slice of a sequence draw the same numbers.
+Scalars on the host come from xxh3 of the key. Arrays and tensors come from counter-based hashes in integer
+operations (numpy's for plans, torch's for noise), so that every machine and any slice draws the same numbers.
 """
 
 from __future__ import annotations
 
 import statistics
 
+import numpy as np
 import torch
 import xxhash
 
@@ -27,6 +28,29 @@ def uniform(*key: int | str) -> float:
 def normal(*key: int | str) -> float:
     """Standard normal number."""
     return statistics.NormalDist().inv_cdf(uniform(*key))
+
+
+def hash64(key: int, counter: np.ndarray) -> np.ndarray:
+    """Uniform 64-bit integers, uint64 [n], one for each counter (integers [n] of any value).
+
+    Two rounds of splitmix64's finaliser, the key going in before each, so that the sequences of two keys have nothing
+    in common even where counters are hashes themselves. key: 64 bits (see `key64`).
+    """
+    counter = np.asarray(counter).astype(np.uint64, copy=False)
+    second = (key * 0x9E3779B97F4A7C15 + 1) & 0xFFFFFFFFFFFFFFFF
+    return _mix64(_mix64(counter ^ np.uint64(key)) + np.uint64(second))
+
+
+def uniforms(key: int, counter: np.ndarray) -> np.ndarray:
+    """Numbers in [0, 1), float64 [n] of 53 bits, one for each counter (see `hash64`)."""
+    return (hash64(key, counter) >> np.uint64(11)) * 2.0**-53
+
+
+def _mix64(x: np.ndarray) -> np.ndarray:
+    # Products of uint64 arrays wrap modulo 2^64.
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:

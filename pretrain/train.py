@@ -11,7 +11,7 @@ import functools
 import logging
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,11 +29,13 @@ if TYPE_CHECKING:
 
     from grn_scale.batch import Draw, Sample
     from grn_scale.class_to_image.batch import ClassBatch
-    from grn_scale.config.class_schema import ClassConfig
+    from grn_scale.data.mixture import Mixture
     from grn_scale.data.plan import Plan
-    from grn_scale.data.shards import Dataset
+    from grn_scale.data.schema import DatasetInfo
+    from grn_scale.data.state import DataState
     from grn_scale.model.pack import PackedBatch
     from grn_scale.parallel.engine import TrainEngine
+    from grn_scale.tokenizer.text import IdsEncoder
     from grn_scale.train.loop import Position
 
 log = logging.getLogger("grn_scale.train")
@@ -59,18 +61,20 @@ def main(argv: list[str]) -> int:
 
 def check_before_start(config: Config) -> None:
     """Refuse what cannot run, before any process group or model is built."""
-    from grn_scale.data.shards import Dataset
+    from grn_scale.data.mixture import Mixture
     from grn_scale.parallel.dims import world_size_from_environment
     from grn_scale.tokenizer import load_tokenizer
     from grn_scale.train.metrics import check_wandb
 
-    check_set(config, "data.dataset", "output")
+    check_set(config, *([] if config.data.mixture else ["data.dataset"]), "output")
     check_output(config.output)
     check_layout(config, world_size_from_environment())
     check_wandb(config.logging)
-    dataset = Dataset.open(config.data.dataset)
-    check_training(config, dataset.info)
-    dataset.check_tokenizer(load_tokenizer(config.tokenizer.path).fingerprint)
+    mixture = Mixture.open(config.data)
+    check_training(config, mixture.info)
+    mixture.datasets[0].check_tokenizer(load_tokenizer(config.tokenizer.path).fingerprint)
+    if encodes_texts(config, mixture.infos):
+        check_text_encoder(config, mixture.infos)
 
 
 def train_run(config: Config, resume: str) -> None:
@@ -78,12 +82,11 @@ def train_run(config: Config, resume: str) -> None:
     import torch
 
     from grn_scale.checkpoint.checkpoint import resolve_resume
-    from grn_scale.config.class_schema import ClassConfig
     from grn_scale.data.ledger import LEDGER
     from grn_scale.data.loader import PackLoader, check_step_size
     from grn_scale.data.packing import Cost
     from grn_scale.data.plan import Plan
-    from grn_scale.data.shards import Dataset
+    from grn_scale.data.stream import open_plan
     from grn_scale.parallel import groups
     from grn_scale.perf.flops import peak_flops
     from grn_scale.train.bad_samples import BadSamples
@@ -96,42 +99,42 @@ def train_run(config: Config, resume: str) -> None:
     from grn_scale.parallel.engine import TrainEngine
 
     try:
-        dataset = Dataset.open(config.data.dataset)
-        plan = Plan.of(dataset, config.data, config.seed)
-        check_step_size(plan, config.data.packs_per_step)
-        if isinstance(config, ClassConfig):
-            check_images(dataset, config)
-        validated = config.train.validate_every > 0
-        held_out = Plan.of(dataset, config.data, config.seed, split="validation") if validated else None
         folder, first = Path(config.output), torch.distributed.get_rank() == 0
         checkpoint = resolve_resume(resume, folder, groups.host())
-        if checkpoint:
-            check_resume(checkpoint, config, plan)
+        saved = check_resume(checkpoint, config) if checkpoint else None
+        plan, start = open_plan(config.data, config.seed, saved, functools.partial(newest_data, config))
+        plan.check_state(start)
+        check_step_size(plan, config.data.packs_per_step)
+        mixture = plan.mixture
+        check_samples(config, mixture)
+        validated = config.train.validate_every > 0
+        held_out = Plan.of(mixture, config.data, config.seed, split="validation") if validated else None
         data_rank, data_size = groups.data_parallel()
         engine = TrainEngine(config, device)
-        position = restore(engine, checkpoint, plan)
-        assemble = functools.partial(assembler(config, dataset, device), drop=True)
+        position = restore(engine, checkpoint, start)
+        encoder = text_encoder(config, device) if encodes_texts(config, mixture.infos) else None
+        assemble = assembler(config, encoder, device)
         cost = Cost.of_shape(config.model.num_layers, config.model.hidden_size, config.model.ffn_hidden_size)
-        loader = PackLoader(dataset, plan, position.data, packs_per_step=config.data.packs_per_step, cost=cost,
-                            gamma=config.loss.gamma, dp_rank=data_rank, dp_size=data_size)
+        loader = PackLoader(plan, position.data, packs_per_step=config.data.packs_per_step, cost=cost,
+                            gamma=config.loss.gamma, step=position.step, dp_rank=data_rank, dp_size=data_size,
+                            renew=functools.partial(grown_plan, config))
         bad_samples = BadSamples(folder, config.data.bad_sample_limit, position.data.skip, groups.gather_objects,
                                  writes=first)
-        validation = validation_batches(dataset, held_out, config, data_rank, data_size,
-                                        assembler(config, dataset, device)) if held_out else []
+        validation = validation_batches(held_out, config, data_rank, data_size, assemble) if held_out else []
         if first:
             folder.mkdir(parents=True, exist_ok=True)
             save_config(config, folder)
         peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         total_peak = peak and peak * torch.distributed.get_world_size()
-        save = functools.partial(save_state, engine, dataset, config)
+        save = functools.partial(save_state, engine, mixture.info, config)
         with (loader,
               MetricsLog(folder, position.step, config.logging, writes=first, config=to_dict(config)) as metrics,
               TrainingProgress(config.train.steps, position.step, shown=first) as progress):
             ledger = folder / LEDGER if first and config.data.ledger else None
             if ledger:
                 drop_unfinished_line(ledger)
-            train(Run(config, engine, loader, assemble, validation, bad_samples, ledger, metrics, progress, save,
-                      functools.partial(draws_flops, config), total_peak), position)
+            train(Run(config, engine, loader, functools.partial(assemble, drop=True), validation, bad_samples, ledger,
+                      metrics, progress, save, functools.partial(draws_flops, config), total_peak), position)
     finally:
         groups.stop()
 
@@ -141,38 +144,110 @@ def threads_per_process() -> int:
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def assembler(config: Config, dataset: Dataset,
-              device: torch.device) -> Callable[[Sequence[Sample], dict[int, float]], PackedBatch | ClassBatch]:
-    """What turns the samples of one micro-batch and the step's loss weights into the batch on the device.
+def assembler(config: Config, encoder: IdsEncoder | None,
+              device: torch.device) -> Callable[[Sequence[Sequence[Sample]], dict[int, float]], list]:
+    """What turns the samples of a step's micro-batches and its loss weights into the batches on the device.
 
-    Processes that share a copy of the model agree on which samples are bad. A class is dropped only with drop=True: of
-    captions the plan has decided already, and held-out draws go without it.
+    Processes that share a copy of the model agree on which samples are bad, before the texts of the others are encoded
+    where the dataset holds ids only. A class is dropped only with drop=True: of captions the plan has decided already,
+    and held-out draws go without it.
     """
     from grn_scale.class_to_image import batch as images
     from grn_scale.config.class_schema import ClassConfig
     from grn_scale.model import pack
     from grn_scale.parallel import groups
+    from grn_scale.tokenizer.text import with_text_states
 
     common = {"config": config.model, "noise": config.noise, "seed": config.seed, "device": device}
 
-    def assemble(samples: Sequence[Sample], weights: dict[int, float], drop: bool = False) -> PackedBatch | ClassBatch:
+    def assemble(micro_batches: Sequence[Sequence[Sample]], weights: dict[int, float], drop: bool = False) -> list:
+        samples = [sample for micro_batch in micro_batches for sample in micro_batch]
         valid = groups.agree([sample.valid for sample in samples])
         samples = [replace(sample, valid=flag) for sample, flag in zip(samples, valid)]
+        if encoder is not None:
+            samples = with_text_states(samples, encoder)
+        rest = iter(samples)
+        return [one([next(rest) for _ in micro_batch], weights, drop) for micro_batch in micro_batches]
+
+    def one(samples: Sequence[Sample], weights: dict[int, float], drop: bool) -> PackedBatch | ClassBatch:
         if isinstance(config, ClassConfig):
-            return images.assemble(samples, weights, class_of=lambda draw: dataset.locate(draw.row).class_id,
+            return images.assemble(samples, weights, class_of=lambda draw: draw.class_id,
                                    class_drop=config.data.caption_drop if drop else 0.0, **common)
         return pack.assemble(samples, weights, length=config.data.token_budget, **common)
 
     return assemble
 
 
-def check_images(dataset: Dataset, config: ClassConfig) -> None:
-    """UserError naming a sample that a class-to-image model cannot train on; one pass over the index."""
-    from grn_scale.class_to_image.batch import check_image
+def encodes_texts(config: Config, datasets: Iterable[DatasetInfo]) -> bool:
+    """Whether the text encoder runs in training: some dataset holds token ids only, and the model reads text."""
+    from grn_scale.config.class_schema import ClassConfig
 
-    for shard in range(len(dataset.shard_sizes)):
-        for row in dataset.rows(shard):
-            check_image(row.key, row.thw, row.class_id, config.model)
+    return not isinstance(config, ClassConfig) and any(info.text_states == "none" for info in datasets)
+
+
+def text_encoder(config: Config, device: torch.device) -> IdsEncoder:
+    """The frozen text encoder, cut among the processes."""
+    from grn_scale.parallel.text_encoder import DividedTextEncoder, weights_group
+    from grn_scale.tokenizer.sharded_text import ShardedTextEncoder
+
+    return DividedTextEncoder(ShardedTextEncoder(config.text.encoder, weights_group(), device))
+
+
+def check_text_encoder(config: Config, datasets: Iterable[DatasetInfo]) -> None:
+    """ConfigError unless text.encoder is the one the datasets were made with. Reads all its weights."""
+    from grn_scale.tokenizer.text import load_text_tokenizer
+
+    if not config.text.encoder:
+        raise ConfigError("text.encoder is not set, but the dataset holds token ids without text states, so that the "
+                          "text encoder runs in training: give the folder of the encoder it was tokenized with, or "
+                          "tokenize again with text.states=bf16")
+    fingerprint = load_text_tokenizer(config.text.encoder, config.text.max_tokens).fingerprint
+    for info in datasets:
+        if info.text_fingerprint != fingerprint:
+            raise ConfigError(f"the dataset was made with the text encoder {info.text_fingerprint[:16]}..., but "
+                              f"text.encoder and text.max_tokens={config.text.max_tokens} give {fingerprint[:16]}...: "
+                              "set both as they were when it was tokenized, or tokenize again")
+
+
+def newest_data(config: Config) -> str:
+    """Name of the newest state of the datasets, as the first process sees it: all processes take the same."""
+    from grn_scale.data.mixture import newest_snapshot
+    from grn_scale.parallel import groups
+
+    first = int(os.environ.get("RANK", "0")) == 0
+    return groups.gather_objects(newest_snapshot(config.data) if first else "")[0]
+
+
+def grown_plan(config: Config, plan: Plan) -> Plan | None:
+    """The plan of the datasets as they are when an epoch begins; None where they are still those of `plan`."""
+    from grn_scale.data.stream import renewed
+
+    grown = renewed(plan, config.data, config.seed, functools.partial(newest_data, config))
+    if grown is not None:
+        check_training(config, grown.mixture.info)
+        check_samples(config, grown.mixture)
+    return grown
+
+
+def check_samples(config: Config, mixture: Mixture) -> None:
+    """UserError naming a sample that a class-to-image model cannot train on; one pass over the index. Text-to-video
+    models take them all."""
+    import numpy as np
+
+    from grn_scale.class_to_image.batch import check_image
+    from grn_scale.config.class_schema import ClassConfig
+
+    if not isinstance(config, ClassConfig):
+        return
+    for dataset in mixture.datasets:
+        for shard in range(len(dataset.info.video_shards)):
+            columns = dataset.columns(shard)
+            fits = (columns.thw == (1, config.model.grid, config.model.grid)).all(axis=1)
+            fits &= (columns.class_id >= 0) & (columns.class_id < config.model.num_classes)
+            for i in np.flatnonzero(~fits)[:1].tolist():
+                class_id = int(columns.class_id[i])
+                check_image(columns.keys[i].decode(), tuple(columns.thw[i].tolist()),
+                            None if class_id == -1 else class_id, config.model)
 
 
 def draws_flops(config: Config, draws: Sequence[Draw]) -> int:
@@ -186,7 +261,7 @@ def draws_flops(config: Config, draws: Sequence[Draw]) -> int:
     return model_flops(config.model, ((d.visual_tokens, d.predicted_tokens, d.text_tokens, d.tokens) for d in draws))
 
 
-def validation_batches(dataset: Dataset, plan: Plan, config: Config, data_rank: int, data_size: int,
+def validation_batches(plan: Plan, config: Config, data_rank: int, data_size: int,
                        assemble: Callable) -> list[PackedBatch]:
     """This rank's share of the first data.validation_packs held-out packs (fewer where there are not so many), filled
     with empty packs so that every rank and pipeline stage has the same number.
@@ -196,21 +271,22 @@ def validation_batches(dataset: Dataset, plan: Plan, config: Config, data_rank: 
     from grn_scale.data.loader import read_pack
     from grn_scale.data.plan import sample_weights
 
-    count = min(config.data.validation_packs, plan.packs_in_epoch(0))
     unit = data_size * (config.parallel.pipeline if config.parallel.virtual_pipeline > 1 else 1)
-    packs, _ = plan.next_step(plan.start(), count)
+    packs = plan.first_packs(config.data.validation_packs)
     packs += [replace(packs[0], position=-1, draws=())] * (-len(packs) % unit)
     weights = sample_weights(packs, config.loss.gamma)
-    return [assemble(read_pack(dataset, pack), weights) for pack in packs[data_rank::data_size]]
+    return assemble([read_pack(plan.mixture, pack) for pack in packs[data_rank::data_size]], weights)
 
 
-def check_resume(checkpoint: Path, config: Config, plan: Plan) -> None:
-    """ConfigError where the run cannot go on from the checkpoint; other settings that changed are logged.
+def check_resume(checkpoint: Path, config: Config) -> DataState | None:
+    """Where the checkpoint's sample stream stands; None where it holds weights alone.
+
+    ConfigError where the run cannot go on from the checkpoint; other settings that changed are logged.
 
     The layout of parallelism, the optimizer's numbers and the like may change; the model may not.
     """
     from grn_scale.checkpoint.checkpoint import read_state
-    from grn_scale.data.plan import DataState
+    from grn_scale.data.state import DataState
 
     saved = read_state(checkpoint)
     if ("num_classes" in saved["config"]["model"]) != hasattr(config.model, "num_classes"):
@@ -225,29 +301,29 @@ def check_resume(checkpoint: Path, config: Config, plan: Plan) -> None:
     if other := [f"{key} {change}" for key, change in changed.items() if key.startswith("model.")]:
         raise ConfigError(f"{checkpoint} is of another model ({'; '.join(other)}): keep the model section as it was, "
                           "or give a new output folder")
-    if "data" in saved:
-        if saved["step"] > config.train.steps:
-            raise ConfigError(f"{checkpoint} stands at step {saved['step']}, beyond train.steps={config.train.steps}: "
-                              "raise train.steps, or give a new output folder")
-        plan.check_state(DataState.from_dict(saved["data"]))
+    if "data" in saved and saved["step"] > config.train.steps:
+        raise ConfigError(f"{checkpoint} stands at step {saved['step']}, beyond train.steps={config.train.steps}: "
+                          "raise train.steps, or give a new output folder")
     for key, change in changed.items():
         log.info("changed since %s: %s %s", checkpoint.name, key, change)
+    return DataState.from_dict(saved["data"]) if "data" in saved else None
 
 
-def restore(engine: TrainEngine, checkpoint: Path | None, plan: Plan) -> Position:
+def restore(engine: TrainEngine, checkpoint: Path | None, data: DataState) -> Position:
     """Where the checkpoint stands, after filling the engine from it; the start of everything for None.
+
+    data: where the sample stream goes on.
 
     A checkpoint without optimizer state (as `grn-scale convert` makes it) gives the weights that training starts from,
     and their moving average where it holds one.
     """
     from grn_scale.checkpoint.checkpoint import load_checkpoint, read_state
     from grn_scale.checkpoint.store import load_chunks
-    from grn_scale.data.plan import DataState
     from grn_scale.parallel import groups
     from grn_scale.train.loop import Position
 
     if checkpoint is None:
-        return Position(0, 0, plan.start())
+        return Position(0, 0, data)
     saved = read_state(checkpoint)
     whole_state = "updates" in saved
     sections, weights = engine.restore_chunks(saved["updates"] if whole_state else 0)
@@ -258,20 +334,20 @@ def restore(engine: TrainEngine, checkpoint: Path | None, plan: Plan) -> Positio
     engine.finish_restore(restart_average="ema" not in sections)
     if not whole_state:
         log.info("starting from the weights of %s; it holds no optimizer state", checkpoint)
-        return Position(0, 0, plan.start())
+        return Position(0, 0, data)
     log.info("resumed from %s: step %d, %d samples seen; weights, optimizer, moving average and data position restored",
              checkpoint, saved["step"], saved["samples_seen"])
-    return Position(saved["step"], saved["samples_seen"], DataState.from_dict(saved["data"]))
+    return Position(saved["step"], saved["samples_seen"], data)
 
 
-def save_state(engine: TrainEngine, dataset: Dataset, config: Config, position: Position) -> None:
+def save_state(engine: TrainEngine, info: DatasetInfo, config: Config, position: Position) -> None:
     """Write a checkpoint; samples that any process could not read enter the skip list of all."""
     import torch
 
     from grn_scale.checkpoint.checkpoint import save_checkpoint
     from grn_scale.parallel import groups
 
-    data, info = position.data, dataset.info
+    data = position.data
     for skip in groups.gather_objects(data.skip):
         data = data.with_skips(skip)
     save_checkpoint(config.output, position.step, engine.state_chunks(), {

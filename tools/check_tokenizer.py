@@ -42,7 +42,7 @@ from grn_scale.evaluation.quality import compare, decode_bits
 from grn_scale.hbq import quantize_bits
 from grn_scale.perf.measure import peak_memory, surroundings
 from grn_scale.tokenizer import load_tokenizer
-from grn_scale.tokenizer.clips import PIECE_GROUPS, to_video
+from grn_scale.tokenizer.clips import PIECE_FRAMES, to_video
 from grn_scale.tokenizer.layers import MidAttention, use_channels_last
 from grn_scale.tokenizer.video import TIME_STRIDE, VideoTokenizer, VideoTokenizerShape
 
@@ -83,8 +83,8 @@ class Source:
     def pieces(self) -> Iterator[np.ndarray]:
         """uint8 [n, H, W, 3]: frame 0, then groups of four, read when they are asked for."""
         with self.file.open("rb") as stream:
-            for begin in (0, *range(1, self.frames, PIECE_GROUPS * TIME_STRIDE)):
-                end = min(self.frames, begin + PIECE_GROUPS * TIME_STRIDE) if begin else 1
+            for begin in (0, *range(1, self.frames, PIECE_FRAMES)):
+                end = min(self.frames, begin + PIECE_FRAMES) if begin else 1
                 yield np.stack([self._frame(stream, number % self.length) for number in range(begin, end)])
 
     def _frame(self, stream, number: int) -> np.ndarray:

@@ -22,7 +22,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from grn_scale.atomic import PARTIAL, write_json
+from grn_scale.atomic import PARTIAL, intended_name, write_json
 from grn_scale.checkpoint.index import (
     FILE_NAME,
     FORMAT_VERSION,
@@ -251,7 +251,7 @@ def _foreign(folder: Path) -> str:
         return folder.name
     for entry in sorted(folder.rglob("*")):
         inside = entry.relative_to(folder)
-        name = entry.name.removesuffix(PARTIAL)
+        name = intended_name(entry.name)
         if entry.is_symlink():
             return str(inside)
         if len(inside.parts) == 1 and (SECTION.fullmatch(entry.name) if entry.is_dir()

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import math
 import re
+import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -84,12 +85,24 @@ def _unknown(key: str, valid: Iterable[str], prefix: str) -> ConfigError:
 
 
 def _convert(kind: Any, value: Any, name: str) -> Any:
-    """`value` as the annotated type `kind`, without guessing: a float may be written as an integer, nothing else."""
+    """`value` as the annotated type `kind`, without guessing: a float may be written as an integer, nothing else.
+
+    `kind` may also be an optional plain type, a tuple, or in a tuple a dataclass, which is written as a section.
+    """
     origin = typing.get_origin(kind)
+    if origin is types.UnionType:
+        plain, = (part for part in typing.get_args(kind) if part is not type(None))
+        return None if value is None else _convert(plain, value, name)
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{name} is {value!r}, but must be a section with the keys "
+                              f"{', '.join(field.name for field in dataclasses.fields(kind))}")
+        return build(kind, value, f"{name}.")
     if origin is tuple:
         parts = typing.get_args(kind)
         if not isinstance(value, (list, tuple)) or (parts[-1] is not Ellipsis and len(value) != len(parts)):
-            raise ConfigError(f"{name} is {value!r}, but must be a list of {len(parts)} values")
+            many = "" if parts[-1] is Ellipsis else f" of {len(parts)} values"
+            raise ConfigError(f"{name} is {value!r}, but must be a list{many}")
         kinds = [parts[0]] * len(value) if parts[-1] is Ellipsis else parts
         return tuple(_convert(k, v, f"{name}[{i}]") for i, (k, v) in enumerate(zip(kinds, value)))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):

@@ -1,160 +1,96 @@
 """Decoding in child processes, so that a hang or a crash of a native decoder costs one clip and nothing else.
 
-The children are fresh interpreters that load no torch. Each serves one request at a time over a pipe; a thread of
-this process waits for its answer up to the time limit, then kills and replaces it.
+The children are fresh interpreters that load no torch. Each serves one request at a time; a thread of this process
+waits for its answer up to the time limit, then kills and replaces it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import queue
-import select
-import subprocess
+import signal
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
+from typing import Any, TypeVar
 
 import numpy as np
 
-import grn_scale
-from grn_scale.data.decode import DecodedClip, DecodeError, DecodeRequest
+from grn_scale.data.decode import DecodedClip, DecodeError, DecodeRequest, Media, VideoInfo
+from grn_scale.data.decode_child import ChildFailed, ChildLate, DecodeChild
 from grn_scale.errors import UserError
 
-START_SECONDS = 120.0
-"""Time a child may take to import its decoders; slow shared file systems take long."""
-READ_BYTES = 1 << 20
-
-
-class _Died(Exception):
-    """The child closed its pipe."""
-
-
-class _Late(Exception):
-    """The child did not answer in time."""
-
-
-class _Worker:
-    """One child process. Not thread-safe: each is used by one thread at a time."""
-
-    def __init__(self) -> None:
-        package_root = str(Path(grn_scale.__file__).resolve().parents[1])
-        inherited = os.environ.get("PYTHONPATH")
-        environment = {**os.environ, "OMP_NUM_THREADS": "1",
-                       "PYTHONPATH": os.pathsep.join(filter(None, (package_root, inherited)))}
-        self.process = subprocess.Popen([sys.executable, "-m", "grn_scale.data.decode_worker"], bufsize=0,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-        self._buffer = bytearray()
-        self._ready = False
-
-    def decode(self, request: DecodeRequest, timeout_seconds: float) -> DecodedClip | DecodeError:
-        """The clip, or why there is none. Raises _Died or _Late, after which the worker must be closed."""
-        if not self._ready:
-            self._message(time.monotonic() + START_SECONDS)
-            self._ready = True
-        deadline = time.monotonic() + timeout_seconds
-        try:
-            self.process.stdin.write(json.dumps(dataclasses.asdict(request)).encode() + b"\n")
-        except BrokenPipeError as error:
-            raise _Died from error
-        message = self._message(deadline)
-        if "reason" in message:
-            return DecodeError(message["reason"], message["detail"])
-        frames = np.empty(message["shape"], dtype=np.uint8)
-        self._fill(frames.data.cast("B"), deadline)
-        return DecodedClip(frames=frames, **message["clip"])
-
-    @property
-    def ready(self) -> bool:
-        """Whether the child has started up."""
-        return self._ready
-
-    def _message(self, deadline: float) -> dict:
-        while (end := self._buffer.find(b"\n")) < 0:
-            self._buffer += self._read(READ_BYTES, deadline)
-        line = bytes(self._buffer[:end])
-        del self._buffer[:end + 1]
-        return json.loads(line)
-
-    def _fill(self, out: memoryview, deadline: float) -> None:
-        have = len(self._buffer)
-        out[:have] = self._buffer
-        self._buffer.clear()
-        while have < len(out):
-            part = self._read(min(READ_BYTES, len(out) - have), deadline)
-            out[have:have + len(part)] = part
-            have += len(part)
-
-    def _read(self, most: int, deadline: float) -> bytes:
-        pipe = self.process.stdout.fileno()
-        waiting = select.poll()
-        waiting.register(pipe, select.POLLIN)
-        if not waiting.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            raise _Late
-        data = os.read(pipe, most)
-        if not data:
-            raise _Died
-        return data
-
-    def close(self) -> int:
-        """Kill the child, if it still runs; its exit status."""
-        self.process.kill()
-        status = self.process.wait()
-        self.process.stdin.close()
-        self.process.stdout.close()
-        return status
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class DecodePool:
-    """Decodes requests in `processes` children, each within `timeout_seconds`. Use it as a context manager.
+    """Decodes in `processes` children, each within `timeout_seconds` a clip and `memory_megabytes` of address space.
 
-    Memory is bounded: at most 2 * processes clips are decoded ahead of the one that is handed out.
+    Use it as a context manager. Memory is bounded: at most 2 * processes clips are decoded ahead of the one that is
+    handed out.
     """
 
-    def __init__(self, processes: int, timeout_seconds: float) -> None:
+    def __init__(self, processes: int, timeout_seconds: float, memory_megabytes: int = 4096) -> None:
         self.processes = processes
         self.timeout_seconds = timeout_seconds
+        self.memory_megabytes = memory_megabytes
         self._threads = ThreadPoolExecutor(processes, thread_name_prefix="decode")
-        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-        self._workers: set[_Worker] = set()
+        self._idle: queue.SimpleQueue[DecodeChild] = queue.SimpleQueue()
+        self._children: set[DecodeChild] = set()
+        self._counting = threading.Lock()
+        self.busy_seconds = 0.0
+        """Time that children have spent on requests, in all of them together."""
         for _ in range(processes):
             self._start()
 
     def worker_pids(self) -> list[int]:
         """Process ids of the children, for monitoring."""
-        return [worker.process.pid for worker in list(self._workers)]
+        return [child.process.pid for child in list(self._children)]
 
     def map(self, requests: Iterable[DecodeRequest]) -> Iterator[tuple[DecodeRequest, DecodedClip | DecodeError]]:
         """(request, clip or error) in the order of `requests`, which are read only as far ahead as needed.
 
         Raises UserError where the children cannot even start.
         """
+        return self._in_order(requests, self._decode)
+
+    def probe(self, files: Iterable[str | Path | Media],
+              ) -> Iterator[tuple[str | Path | Media, VideoInfo | DecodeError]]:
+        """(file, facts or error) in the order of `files`, which are read only as far ahead as needed.
+
+        Media names a member of a tar. Raises UserError where the children cannot even start.
+        """
+        return self._in_order(files, self._probe)
+
+    def _in_order(self, items: Iterable[Item], work: Callable[[Item], Result]) -> Iterator[tuple[Item, Result]]:
         pending: deque = deque()
         try:
-            for request in requests:
-                pending.append((request, self._threads.submit(self._decode, request)))
+            for item in items:
+                pending.append((item, self._threads.submit(work, item)))
                 if len(pending) > 2 * self.processes:
-                    request, future = pending.popleft()
-                    yield request, future.result()
+                    item, future = pending.popleft()
+                    yield item, future.result()
             while pending:
-                request, future = pending.popleft()
-                yield request, future.result()
+                item, future = pending.popleft()
+                yield item, future.result()
         finally:
             for _, future in pending:
                 future.cancel()
 
     def close(self) -> None:
         """End the children and the threads. Clips still being decoded are given up."""
-        for worker in list(self._workers):
-            worker.process.kill()
+        for child in list(self._children):
+            child.kill()
         self._threads.shutdown(wait=True, cancel_futures=True)
-        while self._workers:
-            self._workers.pop().close()
+        while self._children:
+            self._children.pop().close()
 
     def __enter__(self) -> DecodePool:
         return self
@@ -164,26 +100,61 @@ class DecodePool:
         self.close()
 
     def _start(self) -> None:
-        worker = _Worker()
-        self._workers.add(worker)
-        self._idle.put(worker)
+        child = DecodeChild(self.timeout_seconds, self.memory_megabytes)
+        self._children.add(child)
+        self._idle.put(child)
+
+    def _replace(self, child: DecodeChild) -> int:
+        """Close a child and start another; the exit status."""
+        status = child.close()
+        self._children.discard(child)
+        self._start()
+        return status
 
     def _decode(self, request: DecodeRequest) -> DecodedClip | DecodeError:
-        worker = self._idle.get()
+        reply, frames = self._ask({"decode": dataclasses.asdict(request)}, request.media)
+        return DecodedClip(frames=frames, **reply["clip"]) if "clip" in reply else self._error(reply, request.media)
+
+    def _probe(self, file: str | Path | Media) -> VideoInfo | DecodeError:
+        media = file if isinstance(file, Media) else Media(os.fspath(file))
+        reply, _ = self._ask({"probe": dataclasses.asdict(media)}, media)
+        return VideoInfo(**reply["info"]) if "info" in reply else self._error(reply, media)
+
+    def _error(self, reply: dict[str, Any], media: Media) -> DecodeError:
+        if reply["reason"] == "out_of_memory":
+            reply["detail"] = (f"{media}: decoding takes more than the {self.memory_megabytes} MB of "
+                               f"tokenize.decode_memory_megabytes ({reply['detail']})")
+        return DecodeError(reply["reason"], reply["detail"])
+
+    def _ask(self, question: dict[str, Any], media: Media) -> tuple[dict[str, Any], np.ndarray | None]:
+        """A child's reply and the frames that come with it; where the child fails, the reason as a reply."""
+        child = self._idle.get()
+        began = time.monotonic()
         try:
-            result = worker.decode(request, self.timeout_seconds)
-        except BaseException as failure:  # a worker left in the middle of a reply must not be used again; raised again
-            started = worker.ready
-            status = worker.close()
-            self._workers.discard(worker)
-            self._start()
-            if not isinstance(failure, (_Died, _Late)):
-                raise
-            if not started:
+            answer = child.ask(question)
+        except ChildFailed as failure:
+            status = self._replace(child)
+            if not child.ready:
                 raise UserError(f"a decoding process did not start (exit status {status}); `{sys.executable} -m "
                                 "grn_scale.data.decode_worker` shows why, `grn-scale doctor` what is missing") from None
-            if isinstance(failure, _Late):
-                return DecodeError("timeout", f"{request.path}: not decoded within {self.timeout_seconds:g} s")
-            return DecodeError("crashed", f"{request.path}: the decoding process ended with status {status}")
-        self._idle.put(worker)
-        return result
+            return self._reason(child, failure, status, media), None
+        except BaseException:  # a child left in the middle of a reply must not be asked again
+            self._replace(child)
+            raise
+        finally:
+            with self._counting:
+                self.busy_seconds += time.monotonic() - began
+        if child.spent:
+            self._replace(child)
+        else:
+            self._idle.put(child)
+        return answer
+
+    def _reason(self, child: DecodeChild, failure: ChildFailed, status: int, media: Media) -> dict[str, str]:
+        if isinstance(failure, ChildLate):
+            return {"reason": "timeout", "detail": f"{media}: not decoded within {self.timeout_seconds:g} s"}
+        if child.out_of_memory:
+            return {"reason": "out_of_memory", "detail": f"native code ended with status {status}"}
+        hint = "; killed from outside, perhaps because the machine or the job ran out of memory"
+        return {"reason": "crashed", "detail": f"{media}: the decoding process failed: {failure}; exit status {status}"
+                                               f"{hint if status == -signal.SIGKILL else ''}"}

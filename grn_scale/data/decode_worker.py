@@ -1,51 +1,106 @@
-"""One decoding process: requests come in on stdin, frames go out on stdout. Started by `decode_pool`.
+"""One decoding process: requests come in on stdin, replies go out on stdout. Started by `decode_child`.
 
-Messages are a line of JSON each; behind the line of a decoded clip follow its frames as `bytes` raw bytes. The
-first message out is {"ready": true}. The process ends when stdin does.
+    python -m grn_scale.data.decode_worker FRAMES_FD TIMEOUT_SECONDS MEMORY_MEGABYTES
+
+Messages are a line of JSON each. The first out is {"ready": true}; a request has a number, which its reply repeats.
+The frames of a clip do not go through the pipe: they are left in the file FRAMES_FD, which both sides have open. The
+process ends when stdin does.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import mmap
 import os
+import resource
 import signal
 import sys
 from typing import Any
 
-from grn_scale.data.decode import DecodedClip, DecodeError, DecodeRequest, decode_clip
+import numpy as np
+
+from grn_scale.data.decode import DecodeError, DecodeRequest, decode_clip, probe
+
+GRACE_SECONDS = 5
+MEGABYTE = 1 << 20
+NEARLY = 15 / 16
+"""Share of the memory limit from which on a failure is put down to it: what failed to be had is not counted."""
+NATIVE_REASONS = ("unreadable", "zero_frames", "truncated", "corrupt", "crashed")
+"""What decoders may say where in truth they got no memory."""
 
 
-def header_of(clip: DecodedClip) -> dict[str, Any]:
-    """Everything of a clip but its pixels, as JSON values."""
-    fields = {f.name: getattr(clip, f.name) for f in dataclasses.fields(clip) if f.name != "frames"}
-    return {"clip": fields, "shape": clip.frames.shape, "bytes": clip.frames.nbytes}
+class Frames:
+    """The file that clips are left in, mapped; it grows as needed and is reused, which spares clearing pages."""
+
+    def __init__(self, descriptor: int):
+        self._descriptor = descriptor
+        self._map: mmap.mmap | None = None
+
+    def array(self, shape: tuple[int, ...]) -> np.ndarray:
+        """uint8 array of `shape` at the start of the file. It replaces the array given before."""
+        size = math.prod(shape)
+        if self._map is None or len(self._map) < size:
+            self._map = None  # unmapped first: both together may be over the limit
+            os.ftruncate(self._descriptor, size)
+            self._map = mmap.mmap(self._descriptor, size)
+        return np.frombuffer(self._map, np.uint8, size).reshape(shape)
 
 
-def main() -> None:
+def answer(request: dict[str, Any], frames: Frames) -> dict[str, Any]:
+    """The reply to a request: a clip, the facts of a file, or the reason why there is none."""
+    try:
+        if "probe" in request:
+            return {"info": dataclasses.asdict(probe(**request["probe"]))}
+        clip = decode_clip(DecodeRequest(**request["decode"]), frames.array)
+    except DecodeError as error:
+        return {"reason": error.reason, "detail": error.detail}
+    except MemoryError as error:
+        return {"reason": "out_of_memory", "detail": str(error)}
+    except Exception as error:  # any defect a strange file finds costs one clip, and is reported with it
+        return {"reason": "crashed", "detail": f"{type(error).__name__}: {error}"}
+    about = {field.name: getattr(clip, field.name) for field in dataclasses.fields(clip) if field.name != "frames"}
+    return {"clip": about, "shape": clip.frames.shape}
+
+
+def peak_bytes() -> int:
+    """Most address space the process has had; 0 where the system does not tell."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as status:
+            return next((int(line.split()[1]) * 1024 for line in status if line.startswith("VmPeak:")), 0)
+    except OSError:
+        return 0
+
+
+def main(frames_descriptor: int, timeout_seconds: float, memory_megabytes: int) -> None:
     """Serve requests until stdin ends."""
     # Ctrl-C reaches the whole process group; the parent decides when this process ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    limit = memory_megabytes * MEGABYTE
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    frames = Frames(frames_descriptor)
     # Native decoders print to file descriptor 1; only messages may go to the parent.
     with os.fdopen(os.dup(1), "wb") as out:
         os.dup2(2, 1)
 
-        def send(message: dict[str, Any], payload: memoryview | bytes = b"") -> None:
+        def send(message: dict[str, Any]) -> None:
             out.write(json.dumps(message).encode() + b"\n")
-            out.write(payload)
             out.flush()
 
         send({"ready": True})
         for line in sys.stdin.buffer:
-            try:
-                clip = decode_clip(DecodeRequest(**json.loads(line)))
-            except DecodeError as error:
-                send({"reason": error.reason, "detail": error.detail})
-            except Exception as error:  # any defect a strange file finds costs one clip, and is reported with it
-                send({"reason": "crashed", "detail": f"{type(error).__name__}: {error}"})
-            else:
-                send(header_of(clip), clip.frames.data.cast("B"))
+            request = json.loads(line)
+            # The parent kills what is late. Were it killed itself, nobody would end a decoder that hangs: the alarm
+            # does, without Python's help.
+            signal.alarm(math.ceil(timeout_seconds) + GRACE_SECONDS)
+            reply = answer(request, frames)
+            signal.alarm(0)
+            spent = peak_bytes() > NEARLY * limit or reply.get("reason") == "out_of_memory"
+            if spent and reply.get("reason") in NATIVE_REASONS:
+                reply["reason"] = "out_of_memory"
+            send({**reply, "number": request["number"], "spent": spent})
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]))

@@ -1,33 +1,40 @@
-"""Index rows <-> parquet: one part for each shard, beside it in index/.
+"""Index rows <-> parquet: one part for each shard, in index/.
 
-A part does not say which shard it is or where its rows stand in the dataset: `dataset.json` lists the shards in
-order, and that gives both. So a part stays valid when datasets are merged. Pages carry checksums.
+A part does not say which shard it is or where its rows stand in the dataset: the summary lists the shards in
+order, and that gives both. So a part stays valid when datasets grow or are merged. Its name holds a hash of its
+content, so a part is never changed in place, and the summary holds that hash in full.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from grn_scale.atomic import write_bytes
-from grn_scale.data.schema import Caption, IndexRow, TextRef, TextRow
+from grn_scale.data.schema import MOST_KEY_BYTES, Caption, IndexRow, ShardInfo, TextRef, TextRow
 from grn_scale.errors import UserError
+from grn_scale.storage import Storage
 
+INDEX_FOLDER = "index/"
 VIDEO_SCHEMA = pa.schema([
     ("key", pa.string()), ("offset", pa.int64()), ("length", pa.int64()), ("xxh3", pa.uint64()),
     ("t", pa.int32()), ("h", pa.int32()), ("w", pa.int32()), ("ratio_key", pa.float64()), ("class_id", pa.int64()),
     ("captions", pa.list_(pa.struct([
         ("type", pa.string()),
-        ("texts", pa.list_(pa.struct([("task", pa.string()), ("key", pa.string()), ("tokens", pa.int32())])))])))])
+        ("texts", pa.list_(pa.struct([("task", pa.string()), ("key", pa.string()), ("tokens", pa.int32()),
+                                      ("shard", pa.string())])))])))])
 TEXT_SCHEMA = pa.schema([
     ("key", pa.string()), ("tokens", pa.int32()), ("ids_offset", pa.int64()), ("ids_length", pa.int64()),
-    ("states_offset", pa.int64()), ("states_length", pa.int64()), ("xxh3", pa.uint64())])
+    ("ids_xxh3", pa.uint64()), ("states_offset", pa.int64()), ("states_length", pa.int64()),
+    ("states_xxh3", pa.uint64())])
+REMEDY = "copy it again, or tokenize again, which keeps all finished shards"
 
 
 @dataclass(frozen=True)
@@ -39,68 +46,116 @@ class Payload:
     xxh3: int
 
 
-def part_path(folder: Path, shard: str) -> Path:
-    """Index part of the tar called `shard` (video-000000.tar)."""
-    return folder / "index" / (Path(shard).stem + ".parquet")
+def write_video_part(folder: str | Path | Storage, shard: ShardInfo, rows: Sequence[IndexRow],
+                     empty_tokens: int = 0) -> ShardInfo:
+    """Write the part of a video shard; the shard with the part's name and hash and the sums over its rows.
 
-
-def write_video_part(path: Path, rows: Iterable[IndexRow]) -> None:
-    """Write the part of one video shard; `shard` and `row` of the rows are not stored."""
-    _write(path, VIDEO_SCHEMA, [
+    `shard` and `row` of the rows are not stored. empty_tokens: of the empty caption, which any sample may be drawn
+    with. ValueError for a key of more than 32 bytes.
+    """
+    table = [
         {"key": r.key, "offset": r.offset, "length": r.length, "xxh3": r.xxh3, "t": r.thw[0], "h": r.thw[1],
          "w": r.thw[2], "ratio_key": r.ratio_key, "class_id": r.class_id,
-         "captions": [{"type": c.type,
-                       "texts": [{"task": task, "key": ref.key, "tokens": ref.tokens} for task, ref in c.texts.items()]}
+         "captions": [{"type": c.type, "texts": [{"task": task, "key": ref.key, "tokens": ref.tokens,
+                                                  "shard": ref.shard} for task, ref in c.texts.items()]}
                       for c in r.captions]}
-        for r in rows])
+        for r in rows]
+    for row in rows:
+        if len(row.key.encode()) > MOST_KEY_BYTES:
+            raise ValueError(f"key {row.key!r} is longer than {MOST_KEY_BYTES} bytes")
+    texts = [max([empty_tokens, *(ref.tokens for c in r.captions for ref in c.texts.values())]) for r in rows]
+    visual = [math.prod(r.thw) for r in rows]
+    return replace(_write(folder, shard, VIDEO_SCHEMA, table), images=sum(r.thw[0] == 1 for r in rows),
+                   tokens=sum(visual), longest=max((v + t + 1 for v, t in zip(visual, texts)), default=0))
 
 
-def write_text_part(path: Path, rows: Iterable[TextRow]) -> None:
-    """Write the part of one text shard; `shard` of the rows is not stored."""
-    names = TEXT_SCHEMA.names
-    _write(path, TEXT_SCHEMA, [{name: getattr(row, name) for name in names} for row in rows])
+def write_text_part(folder: str | Path | Storage, shard: ShardInfo, rows: Sequence[TextRow]) -> ShardInfo:
+    """Write the part of a text shard; the shard with the part's name and hash."""
+    return _write(folder, shard, TEXT_SCHEMA, [{name: getattr(row, name) for name in TEXT_SCHEMA.names}
+                                               for row in rows])
 
 
-def read_video_part(path: Path, shard: int, first_row: int) -> list[IndexRow]:
-    """Rows of a video part; its shard is number `shard` of the dataset and starts at row `first_row`."""
-    return [
-        IndexRow(shard=shard, row=first_row + i, key=r["key"], offset=r["offset"], length=r["length"], xxh3=r["xxh3"],
-                 thw=(r["t"], r["h"], r["w"]), ratio_key=r["ratio_key"], class_id=r["class_id"],
-                 captions=tuple(
-                     Caption(c["type"], {x["task"]: TextRef(x["key"], x["tokens"]) for x in c["texts"]})
-                     for c in r["captions"]))
-        for i, r in enumerate(read_table(path, VIDEO_SCHEMA).to_pylist())]
-
-
-def read_table(path: Path, schema: pa.Schema) -> pa.Table:
-    """Columns of a part. UserError naming the part where it is missing, damaged or of another form."""
-    try:
-        table = pq.read_table(path, page_checksum_verification=True)
-    except FileNotFoundError as error:
-        raise UserError(f"index part {path} is missing; tokenize again, which keeps all finished shards") from error
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"index part {path} cannot be read ({error}); tokenize again, which keeps all finished "
-                        "shards") from error
-    if table.schema.remove_metadata() != schema:
-        raise UserError(f"index part {path} has other columns than this release reads: {table.schema.names}")
+def read_table(folder: str | Path | Storage, shard: ShardInfo, schema: pa.Schema) -> pa.Table:
+    """Columns of a shard's part. UserError naming the part where it is missing, damaged or of another form."""
+    storage = Storage.of(folder)
+    name = INDEX_FOLDER + shard.part
+    data = _read_part(storage, name)
+    if hashlib.sha256(data).hexdigest() != shard.part_sha256:
+        raise UserError(f"index part {storage / name} is damaged: its sha256 is not the one in the summary; {REMEDY}")
+    table = parse_table(data, storage / name, schema)
+    if table.num_rows != shard.samples:
+        raise UserError(f"index part {storage / name} has {table.num_rows} rows, but the summary says {shard.samples} "
+                        f"samples of {shard.name}; {REMEDY}")
     return table
 
 
-def snapshot_of(folder: Path, shards: Sequence[str]) -> str:
-    """Name of the state of the index (hex): sha256 over the content of the parts of `shards`, in order."""
-    total = hashlib.sha256()
-    for shard in shards:
-        path = part_path(folder, shard)
-        try:
-            with open(path, "rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        except OSError as error:
-            raise UserError(f"index part {path} cannot be read: {error.strerror or error}") from error
-        total.update(f"{shard} {digest}\n".encode())
-    return total.hexdigest()
+def parse_table(data: bytes, where: str, schema: pa.Schema) -> pa.Table:
+    """Table of a parquet file's bytes. UserError where they are damaged or of another form."""
+    try:
+        table = pq.read_table(io.BytesIO(data))
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"index part {where} cannot be read ({error}); {REMEDY}") from error
+    if table.schema.remove_metadata() != schema:
+        raise UserError(f"index part {where} has other columns than this release reads: {table.schema.names}")
+    return table
 
 
-def _write(path: Path, schema: pa.Schema, rows: list[dict]) -> None:
+def table_bytes(table: pa.Table) -> bytes:
+    """Parquet file of a table: the same bytes for the same table and library version."""
     buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), buffer, compression="zstd", write_page_checksum=True)
-    write_bytes(path, buffer.getvalue())
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def read_video_part(folder: str | Path | Storage, shard: ShardInfo, number: int, first_row: int) -> list[IndexRow]:
+    """Rows of a video shard, which is number `number` of the dataset and starts at row `first_row`."""
+    part = VideoPart(read_table(folder, shard, VIDEO_SCHEMA), number, first_row)
+    return part.rows()
+
+
+class VideoPart:
+    """The table of a video part, from which single rows are made when they are asked for."""
+
+    def __init__(self, table: pa.Table, number: int, first_row: int):
+        self.table = table
+        self._number, self._first_row = number, first_row
+        self._plain = table.drop_columns(["captions"]).to_pydict()
+        self._captions = table["captions"].combine_chunks()
+
+    def row(self, i: int) -> IndexRow:
+        """Row `i` of the part."""
+        return self._row(i, self._captions[i].as_py())
+
+    def rows(self) -> list[IndexRow]:
+        """All rows, in the order of the tar."""
+        return [self._row(i, captions) for i, captions in enumerate(self._captions.to_pylist())]
+
+    def _row(self, i: int, captions: list[dict[str, Any]]) -> IndexRow:
+        values = {name: column[i] for name, column in self._plain.items()}
+        return IndexRow(
+            shard=self._number, row=self._first_row + i, key=values["key"], offset=values["offset"],
+            length=values["length"], xxh3=values["xxh3"], thw=(values["t"], values["h"], values["w"]),
+            ratio_key=values["ratio_key"], class_id=values["class_id"], captions=tuple(
+                Caption(c["type"], {x["task"]: TextRef(x["key"], x["tokens"], x["shard"]) for x in c["texts"]})
+                for c in captions))
+
+
+def _read_part(storage: Storage, name: str) -> bytes:
+    try:
+        return storage.read(name)
+    except FileNotFoundError as error:
+        raise UserError(f"index part {storage / name} is missing; {REMEDY}") from error
+    except OSError as error:
+        raise UserError(f"index part {storage / name} cannot be read: {error.strerror or error}") from error
+
+
+def _write(folder: str | Path | Storage, shard: ShardInfo, schema: pa.Schema, rows: list[dict]) -> ShardInfo:
+    if len(rows) != shard.samples:
+        raise ValueError(f"{shard.name} has {shard.samples} samples, but the part {len(rows)} rows")
+    data = table_bytes(pa.Table.from_pylist(rows, schema=schema))
+    digest = hashlib.sha256(data).hexdigest()
+    name = f"{Path(shard.name).stem}-{digest[:8]}.parquet"
+    storage = Storage.of(folder)
+    if not storage.exists(INDEX_FOLDER + name):
+        storage.write_bytes(INDEX_FOLDER + name, data)
+    return replace(shard, part=name, part_sha256=digest)

@@ -11,18 +11,21 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 
 from grn_scale.batch import Draw, Pack, Sample
+from grn_scale.data.dataset import CorruptSample
+from grn_scale.data.mixture import Index, Mixture
 from grn_scale.data.packing import Cost, assign
-from grn_scale.data.plan import DataState, Index, Plan, sample_weights
-from grn_scale.data.schema import IndexRow
-from grn_scale.data.shards import CorruptSample
+from grn_scale.data.plan import Plan, sample_weights
+from grn_scale.data.schema import IndexRow, TextRef
+from grn_scale.data.state import DataState
+from grn_scale.data.window import EMPTY_CAPTION
 from grn_scale.errors import ConfigError
 
 T = TypeVar("T")
@@ -33,13 +36,15 @@ RETRY_SECONDS = (0.1, 1.0)
 
 
 class Source(Index, Protocol):
-    """A dataset to read from (grn_scale.data.shards.Dataset); its methods are called from several threads."""
+    """A dataset to read from (grn_scale.data.dataset.Dataset); its methods are called from several threads."""
 
     def locate(self, row: int) -> IndexRow: ...
 
     def read_bits(self, row: IndexRow) -> np.ndarray: ...
 
-    def read_text(self, key: str) -> torch.Tensor: ...
+    def read_text(self, ref: TextRef) -> torch.Tensor: ...
+
+    def read_text_ids(self, ref: TextRef) -> list[int]: ...
 
 
 @dataclass(frozen=True)
@@ -88,94 +93,138 @@ def _retried(read: Callable[[], T]) -> T:
     return read()
 
 
-def read_sample(dataset: Source, draw: Draw) -> Sample:
-    """The draw with its bits and text states.
+def read_sample(mixture: Mixture, draw: Draw) -> Sample:
+    """The draw with its bits, and its text's states, or token ids where the dataset holds no states.
 
     Raises CorruptSample for bytes that are not what the index says, and OSError for a read that failed three times.
     """
-    row, info = dataset.locate(draw.row), dataset.info
+    dataset: Source = mixture.datasets[draw.dataset]
+    row = dataset.locate(draw.row)
     bits = _retried(lambda: dataset.read_bits(row))
-    if bits.size != _packed_bytes(dataset, draw):
-        raise CorruptSample(_shard_name(dataset, draw), draw.key, f"it has {bits.size} bytes, but {draw.thw} latent "
-                            f"cells take {_packed_bytes(dataset, draw)}")
-    states = _retried(lambda: dataset.read_text(draw.text_key))
-    planned = (draw.text_tokens, info.text_hidden_size)
+    if bits.size != _packed_bytes(mixture, draw):
+        raise CorruptSample(_shard_name(mixture, draw), draw.key, f"it has {bits.size} bytes, but {draw.thw} latent "
+                            f"cells take {_packed_bytes(mixture, draw)}")
+    ref = text_of(dataset, row, draw)
+    if dataset.info.text_states == "none":
+        return Sample(draw, bits, None, text_ids=_read_text_ids(dataset, ref, draw))
+    return Sample(draw, bits, _read_text(dataset, ref, draw))
+
+
+def text_of(dataset: Index, row: IndexRow, draw: Draw) -> TextRef:
+    """The text entry that a draw of this row takes."""
+    return dataset.info.empty_text if draw.caption == EMPTY_CAPTION else row.captions[draw.caption].texts[draw.task]
+
+
+def _read_text(dataset: Source, ref: TextRef, draw: Draw) -> torch.Tensor:
+    states = _retried(lambda: dataset.read_text(ref))
+    planned = (draw.text_tokens, dataset.info.text_hidden_size)
     if tuple(states.shape) != planned:
-        raise CorruptSample(_shard_name(dataset, draw), draw.key, f"its text {draw.text_key} has states of shape "
-                            f"{tuple(states.shape)}, but the index says {planned}")
-    return Sample(draw, bits, states)
+        raise CorruptSample(ref.shard, draw.key, f"its text {ref.key} has states of shape {tuple(states.shape)}, but "
+                            f"the index says {planned}")
+    return states
 
 
-def _packed_bytes(dataset: Source, draw: Draw) -> int:
-    return (draw.visual_tokens * dataset.info.latent_channels * dataset.info.rounds + 7) // 8
+def _read_text_ids(dataset: Source, ref: TextRef, draw: Draw) -> tuple[int, ...]:
+    ids = tuple(_retried(lambda: dataset.read_text_ids(ref)))
+    if len(ids) != draw.text_tokens:
+        raise CorruptSample(ref.shard, draw.key, f"its text {ref.key} has {len(ids)} token ids, but the index says "
+                            f"{draw.text_tokens}")
+    return ids
 
 
-def _shard_name(dataset: Source, draw: Draw) -> str:
-    return dataset.info.video_shards[dataset.locate(draw.row).shard].name
+def _packed_bytes(mixture: Mixture, draw: Draw) -> int:
+    return (draw.visual_tokens * mixture.info.latent_channels * mixture.info.rounds + 7) // 8
 
 
-def _zeros(dataset: Source, draw: Draw) -> Sample:
-    bits = np.zeros(_packed_bytes(dataset, draw), dtype=np.uint8)
-    states = torch.zeros(draw.text_tokens, dataset.info.text_hidden_size, dtype=torch.bfloat16)
+def _shard_name(mixture: Mixture, draw: Draw) -> str:
+    return mixture.datasets[draw.dataset].info.video_shards[mixture.locate(draw).shard].name
+
+
+def _zeros(mixture: Mixture, draw: Draw) -> Sample:
+    bits = np.zeros(_packed_bytes(mixture, draw), dtype=np.uint8)
+    info = mixture.datasets[draw.dataset].info
+    if info.text_states == "none":
+        return Sample(draw, bits, None, valid=False, text_ids=(0,) * draw.text_tokens)
+    states = torch.zeros(draw.text_tokens, info.text_hidden_size, dtype=torch.bfloat16)
     return Sample(draw, bits, states, valid=False)
 
 
-def _read_draw(dataset: Source, draw: Draw, skip: Collection[str]) -> tuple[Sample, BadSample | None]:
+def _read_draw(mixture: Mixture, draw: Draw, skip: Collection[str]) -> tuple[Sample, BadSample | None]:
     if draw.key in skip:
-        return _zeros(dataset, draw), None
+        return _zeros(mixture, draw), None
     try:
-        return read_sample(dataset, draw), None
+        return read_sample(mixture, draw), None
     except CorruptSample as error:
         bad = BadSample(error.shard, draw.key, error.reason, unreadable=False)
     except OSError as error:
-        bad = BadSample(_shard_name(dataset, draw), draw.key, str(error), unreadable=True)
+        bad = BadSample(_shard_name(mixture, draw), draw.key, str(error), unreadable=True)
     log.warning("%s: sample %s is left out: %s", bad.shard, bad.key, bad.reason)
-    return _zeros(dataset, draw), bad
+    return _zeros(mixture, draw), bad
 
 
-def read_pack(dataset: Source, pack: Pack, skip: Collection[str] = (), *, run: Callable = map,
+def read_pack(source: Mixture | Source, pack: Pack, skip: Collection[str] = (), *, run: Callable = map,
               on_bad: Callable[[BadSample], None] | None = None) -> list[Sample]:
     """The samples of a pack, one for each draw, in its order.
 
     A corrupt sample, one whose reading failed three times, and one whose key is in `skip` come back as zeros with
     `valid=False`. `on_bad` is told of the first two, in order; those of `skip` are not read again. `run` maps a
-    function over the draws in order (an executor's `map` reads several at a time).
+    function over the draws in order (an executor's `map` reads several at a time). Where there is CUDA, the bits lie in
+    pinned memory.
     """
+    mixture = Mixture.of(source)
     samples = []
-    for sample, bad in run(lambda draw: _read_draw(dataset, draw, skip), pack.draws):
+    for sample, bad in run(lambda draw: _read_draw(mixture, draw, skip), pack.draws):
         samples.append(sample)
         if bad and on_bad:
             on_bad(bad)
-    return samples
+    return _pinned(samples) if torch.cuda.is_available() else samples
+
+
+def _pinned(samples: list[Sample]) -> list[Sample]:
+    """The samples with their bits side by side in pinned memory, from which a GPU copies without waiting."""
+    sizes = [sample.bits.size for sample in samples]
+    memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
+    views = [view.numpy() for view in memory.split(sizes)]
+    for sample, view in zip(samples, views):
+        view[:] = sample.bits
+    return [replace(sample, bits=view) for sample, view in zip(samples, views)]
 
 
 class PackLoader:
     """Iterator of StepData without end: the steps after `state`, read ahead by a background thread.
 
-    Use it as a context manager, or call `close`. To change packs_per_step, close it and make another one from the
-    last step's `state_after`.
+    Use it as a context manager, or call `close`.
     """
 
-    def __init__(self, dataset: Source, plan: Plan, state: DataState, *, packs_per_step: int, cost: Cost,
-                 gamma: float, dp_rank: int = 0, dp_size: int = 1, threads: int = 2, prefetch: int = 2) -> None:
-        """threads: samples read at a time; prefetch: steps read ahead, besides the one asked for.
+    def __init__(self, plan: Plan, state: DataState, *, packs_per_step: int | Callable[[int], int], cost: Cost,
+                 gamma: float, step: int = 0, dp_rank: int = 0, dp_size: int = 1, threads: int = 2, prefetch: int = 2,
+                 renew: Callable[[Plan], Plan | None] | None = None) -> None:
+        """packs_per_step: a number, or a ramp: the packs of step `step` (the first), step + 1, ...; it never changes
+        what is in them. threads: samples read at a time; prefetch: steps read ahead, besides the one asked for. renew:
+        called with the plan where an epoch begins, by the thread that asks for its first step; a plan that it gives
+        (of grown datasets) is used from there on, and all processes must be given the same.
 
         packs_per_step must divide by dp_size (`config.check.check_layout`). Raises ConfigError where the training split
         has fewer packs than one step takes, or the state is not of this plan.
         """
-        check_step_size(plan, packs_per_step)
-        if not 0 <= dp_rank < dp_size or packs_per_step % dp_size:
-            raise ValueError(f"{packs_per_step} packs cannot be cut for rank {dp_rank} of {dp_size}")
+        self._packs_at = packs_per_step if callable(packs_per_step) else lambda _: packs_per_step
+        if not 0 <= dp_rank < dp_size:
+            raise ValueError(f"there is no rank {dp_rank} of {dp_size}")
+        _check_divides(self._packs_at(step), dp_size)
+        check_step_size(plan, self._packs_at(step))
         plan.check_state(state)
-        self._dataset, self._plan = dataset, plan
-        self._packs_per_step, self._cost, self._gamma = packs_per_step, cost, gamma
+        self._plan, self._cost, self._gamma = plan, cost, gamma
         self._dp_rank, self._dp_size = dp_rank, dp_size
-        self._state = state
+        self._state, self._step = state, step
+        self._renew, self._epoch = renew, state.epoch
         self._closed = False
         self._readers = ThreadPoolExecutor(threads, thread_name_prefix="grn-read")
         # One thread, so that each step starts from the state the one before it left.
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="grn-load")
-        self._ahead = deque(self._loader.submit(self._load) for _ in range(prefetch))
+        self._prefetch = prefetch
+        self._ahead: deque[Future[StepData | None]] = deque()
+        """Steps being read, in order; from an epoch's end on None until `renew` was called."""
+        self._read_ahead(prefetch)
 
     def __enter__(self) -> PackLoader:
         return self
@@ -189,9 +238,14 @@ class PackLoader:
     def __next__(self) -> StepData:
         if self._closed:
             raise StopIteration
-        self._ahead.append(self._loader.submit(self._load))
         try:
-            return self._ahead.popleft().result()
+            self._read_ahead(self._prefetch + 1)
+            step = self._ahead.popleft().result()
+            if step is None:  # an epoch begins, and nothing of it is read yet
+                self._begin_epoch()
+                self._read_ahead(self._prefetch + 1)
+                step = self._ahead.popleft().result()
+            return step
         except BaseException:  # no step follows a failed one: stop the threads, and raise it again
             self.close()
             raise
@@ -203,22 +257,49 @@ class PackLoader:
         self._readers.shutdown()
         self._ahead.clear()
 
-    def _load(self) -> StepData:
-        state = self._state
-        packs, after = self._plan.next_step(state, self._packs_per_step)
+    def _read_ahead(self, steps: int) -> None:
+        while len(self._ahead) < steps:
+            self._ahead.append(self._loader.submit(self._load))
+
+    def _begin_epoch(self) -> None:
+        for ahead in self._ahead:  # all of them find the new epoch not begun, so that nothing is loading after this
+            ahead.result()
+        self._ahead.clear()
+        plan = self._renew(self._plan)
+        if plan is not None:
+            check_step_size(plan, self._packs_at(self._step))
+            self._state = plan.take_over(self._state)
+            self._plan = plan
+        self._epoch = self._state.epoch
+
+    def _load(self) -> StepData | None:
+        """The next step; None where it is the first of an epoch that `renew` was not called for yet."""
+        state, plan = self._state, self._plan
+        if self._renew and state.epoch != self._epoch:
+            return None
+        count = self._packs_at(self._step)
+        _check_divides(count, self._dp_size)
+        packs, after = plan.next_step(state, count)
         costs = [self._cost.of(draw.tokens for draw in pack.draws) for pack in packs]
         mine = [packs[i] for i in assign(costs, self._dp_size)[self._dp_rank]]
         bad: list[BadSample] = []
-        loaded = [LoadedPack(pack, read_pack(self._dataset, pack, state.skip, run=self._readers.map, on_bad=bad.append))
+        loaded = [LoadedPack(pack, read_pack(plan.mixture, pack, state.skip, run=self._readers.map, on_bad=bad.append))
                   for pack in mine]
         self._state = after.with_skips(sample.key for sample in bad if sample.unreadable)
+        self._step += 1
         return StepData(packs, loaded, sample_weights(packs, self._gamma), self._state, bad)
+
+
+def _check_divides(packs_per_step: int, dp_size: int) -> None:
+    if packs_per_step % dp_size:
+        raise ValueError(f"{packs_per_step} packs cannot be cut for {dp_size} ranks")
 
 
 def check_step_size(plan: Plan, packs_per_step: int) -> None:
     """Raise ConfigError where an epoch is smaller than a step."""
     if plan.split == "train" and not plan.at_least(packs_per_step):
         packs = plan.packs_in_epoch(0)
-        raise ConfigError(f"the dataset is too small for a step: an epoch of its {plan.samples} training samples is "
-                          f"{packs} packs of {plan.token_budget} tokens, but data.packs_per_step is {packs_per_step}. "
-                          f"Set data.packs_per_step to at most {packs}, data.token_budget lower, or add samples")
+        raise ConfigError(f"the dataset is too small for a step: an epoch of {plan.visits_in_epoch(0)} training "
+                          f"samples is {packs} packs of {plan.token_budget} tokens, but data.packs_per_step is "
+                          f"{packs_per_step}. Set data.packs_per_step to at most {packs}, data.token_budget lower, or "
+                          "add samples")

@@ -1,80 +1,37 @@
-"""From a dataset's index to the packs of every step, without reading data.
+"""From the indexes of datasets to the packs of every step, without reading data.
 
-The order of an epoch is a pure function of the index snapshot, the seed, the epoch and the plan's settings:
-shards are permuted, taken `window_shards` at a time, and the samples of a window are shuffled, packed, and the
-packs shuffled. Nothing depends on ranks, workers or the size of a step, so any rank computes what any other
-reads, and a run resumes exactly at another size. Only a window's rows are in memory at a time.
+The order of an epoch is a pure function of the index snapshots, the mixture, the seed, the epoch and the plan's
+settings: the passes over shards are permuted so that each dataset is spread evenly, taken `window_shards` at a time,
+and the samples of a window are shuffled, packed, and the packs shuffled. Nothing depends on ranks, workers or the size
+of a step, so any rank computes what any other reads, and a run resumes exactly at another size. Making a plan takes the
+summaries of the indexes, a step the parts of its window: both are the same at 10^9 samples as at 10^6.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
-from grn_scale.batch import Draw, Pack
+import numpy as np
+
+from grn_scale.batch import Pack
 from grn_scale.config.data_schema import DataConfig
-from grn_scale.data.packing import pack
-from grn_scale.data.schema import DatasetInfo, IndexRow, TextRef
+from grn_scale.data.mixture import Index, Mixture, Visits
+from grn_scale.data.state import DataState
+from grn_scale.data.window import DrawRules, ShardVisit, Window, plan_window
 from grn_scale.errors import ConfigError
-from grn_scale.keyed import key64, uniform
+from grn_scale.keyed import hash64, key64, uniforms
+
+log = logging.getLogger(__name__)
 
 FIRST_VALIDATION_DRAW = 1 << 60
 """Draw indices of the validation split start here, far above those of any training run."""
-
-
-class Index(Protocol):
-    """What a plan needs of a dataset (grn_scale.data.shards.Dataset has it)."""
-
-    snapshot: str
-    shard_sizes: Sequence[int]
-    info: DatasetInfo
-
-    def rows(self, shard: int) -> list[IndexRow]: ...
-
-
-@dataclass(frozen=True)
-class DataState:
-    """Where the sample stream stands: everything a checkpoint has to keep of the data."""
-
-    snapshot: str
-    """Of the index."""
-    epoch: int = 0
-    position: int = 0
-    """Packs of the epoch already taken."""
-    skip: tuple[str, ...] = ()
-    """Keys of samples that could not be read, sorted. Their slots stay in the packs, with weight 0."""
-    settings: str = ""
-    """The plan's settings, which a stream keeps until its epoch ends."""
-
-    def with_skips(self, keys: Iterable[str]) -> DataState:
-        """The same state with more keys to skip (found here, or merged from other ranks)."""
-        return replace(self, skip=tuple(sorted({*self.skip, *keys})))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {**asdict(self), "skip": list(self.skip)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> DataState:
-        """Inverse of `to_dict`. Raises ConfigError where a field is missing, unknown or of another type."""
-        try:
-            state = cls(**{**values, "skip": tuple(values["skip"])})
-            fits = all(isinstance(getattr(state, name), kind) for name, kind in
-                       (("snapshot", str), ("epoch", int), ("position", int), ("settings", str)))
-        except (KeyError, TypeError) as error:
-            raise ConfigError(f"the data state {values!r} cannot be read: {error}") from error
-        if not fits or state.epoch < 0 or state.position < 0:
-            raise ConfigError(f"the data state {values!r} cannot be read: "
-                              "epoch and position must be whole numbers from 0, snapshot and settings text")
-        return state
-
-
-def held_out(key: str, fraction: float) -> bool:
-    """Whether the sample belongs to the validation split. Depends on its key alone: not on the seed, nor on what
-    else the dataset holds; a larger fraction only adds samples."""
-    return uniform("validation split", key) < fraction
+DRAWS_OF_AN_EPOCH = 1 << 40
+"""Draw indices an epoch has to itself, however many it uses: they stay unique when the dataset grows or shrinks."""
+ALGORITHM = 2
+"""Raised with every change to order, draws or packs, which a run must not meet in the middle of an epoch."""
 
 
 def sample_weights(packs: Iterable[Pack], gamma: float) -> dict[int, float]:
@@ -87,54 +44,68 @@ def sample_weights(packs: Iterable[Pack], gamma: float) -> dict[int, float]:
 
 
 class Plan:
-    """The packs of every epoch of one dataset, for one split.
+    """The packs of every epoch of a mixture, for one split.
 
-    Making a plan reads the whole index once (no data) and refuses what could not be trained: an empty split, or a
-    sample longer than the token budget. Draw indices are epoch * samples + place in the epoch's order; validation
-    draws are the same in every epoch, are never dropped to the empty caption, and never share an index with training.
+    Making a plan reads the summaries of the indexes (no data) and refuses what could not be trained: an empty split, or
+    a sample longer than the token budget. Validation visits each held-out sample of every dataset once; its draws are
+    the same in every epoch, are never dropped to the empty caption, and never share an index with training.
     """
 
-    def __init__(self, index: Index, *, seed: int, token_budget: int, caption_drop: float = 0.0,
+    def __init__(self, source: Mixture | Index, *, seed: int, token_budget: int, caption_drop: float = 0.0,
                  i2v_share: float = 0.0, window_shards: int = 16, validation_fraction: float = 0.0,
-                 split: str = "train") -> None:
-        """Raises ConfigError for an unknown or empty split, a sample longer than the budget (naming it), and a
-        caption that lacks the text entry of a task that may be drawn."""
+                 split: str = "train", image_share: float | None = None) -> None:
+        """image_share: where the source is a dataset alone; a mixture has it in its visits.
+
+        Raises ConfigError for an unknown or empty split, a sample longer than the budget (naming it), and a
+        caption that lacks the text entry of a task that may be drawn (as soon as it is met).
+        """
         if split not in ("train", "validation"):
             raise ConfigError(f"split is {split!r}, but must be train or validation")
-        self.index = index
-        self.seed = seed
-        self.token_budget = token_budget
-        self.caption_drop = caption_drop if split == "train" else 0.0
-        self.i2v_share = i2v_share
-        self.window_shards = window_shards
-        self.validation_fraction = validation_fraction
+        train = split == "train"
+        self.mixture = Mixture.of(source, image_share)
         self.split = split
-        self._sizes = tuple(index.shard_sizes)
-        self.total = sum(self._sizes)
-        self.windows = -(-len(self._sizes) // window_shards)
-        self._order = functools.lru_cache(maxsize=2)(self._permute_shards)
+        self.token_budget = token_budget
+        self.window_shards = window_shards
+        self.rules = DrawRules(seed, token_budget, caption_drop if train else 0.0, i2v_share, validation_fraction,
+                               split)
+        self.visits = self.mixture.visits if train else (Visits(),) * len(self.mixture.datasets)
+        self._passes = self._list_passes()
+        self.windows = -(-len(self._passes) // window_shards)
+        self._order = functools.lru_cache(maxsize=2)(self._permute_passes)
         self._window = functools.lru_cache(maxsize=2)(self._plan_window)
         self._counts: dict[tuple[int, int], int] = {}
-        self.samples = self._check()
-        """Samples of the split: draws of one epoch."""
+        self._check_split()
+        self._check_lengths()
 
     @classmethod
-    def of(cls, index: Index, data: DataConfig, seed: int, split: str = "train") -> Plan:
+    def of(cls, source: Mixture | Index, data: DataConfig, seed: int, split: str = "train") -> Plan:
         """Plan with the settings of a configuration's data section."""
-        return cls(index, seed=seed, token_budget=data.token_budget, caption_drop=data.caption_drop,
+        return cls(source, seed=seed, token_budget=data.token_budget, caption_drop=data.caption_drop,
                    i2v_share=data.i2v_share, window_shards=data.window_shards,
-                   validation_fraction=data.validation_fraction, split=split)
+                   validation_fraction=data.validation_fraction, split=split, image_share=data.image_share)
 
     @property
     def settings(self) -> str:
         """What packs depend on besides the snapshot and the epoch, as text."""
-        return (f"split={self.split} seed={self.seed} token_budget={self.token_budget} "
-                f"caption_drop={self.caption_drop} i2v_share={self.i2v_share} window_shards={self.window_shards} "
-                f"validation_fraction={self.validation_fraction}")
+        rules = self.rules
+        return (f"plan={ALGORITHM} split={self.split} seed={rules.seed} token_budget={rules.token_budget} "
+                f"caption_drop={rules.caption_drop} i2v_share={rules.i2v_share} window_shards={self.window_shards} "
+                f"validation_fraction={rules.validation_fraction} "
+                f"visits={','.join(f'{v.images:.9g}/{v.videos:.9g}' for v in self.visits)}")
 
     def start(self) -> DataState:
         """State before the first pack."""
-        return DataState(self.index.snapshot, settings=self.settings)
+        return DataState(self.mixture.snapshot, settings=self.settings)
+
+    def take_over(self, state: DataState) -> DataState:
+        """The state of an epoch's start, moved to this plan's snapshot: how a stream goes on with grown datasets."""
+        if state.position:
+            raise ValueError(f"epoch {state.epoch} is under way: its order is that of snapshot {state.snapshot}")
+        if state.snapshot == self.mixture.snapshot:
+            return state
+        log.info("from epoch %d on: snapshot %s with %d samples, in place of %s", state.epoch,
+                 self.mixture.snapshot[:12], self.mixture.samples, state.snapshot[:12])
+        return replace(state, snapshot=self.mixture.snapshot)
 
     def next_step(self, state: DataState, packs_per_step: int) -> tuple[list[Pack], DataState]:
         """The next `packs_per_step` packs and the state after them.
@@ -143,141 +114,165 @@ class Plan:
         start. Raises ConfigError for a state that this plan cannot continue.
         """
         self.check_state(state)
+        epoch, end = state.epoch, state.position + packs_per_step
         packs: list[Pack] = []
-        following = replace(state, epoch=state.epoch + 1, position=0, settings=self.settings)
-        for number, p in enumerate(self._packs_from(state.epoch, state.position), state.position):
-            if len(packs) == packs_per_step:
-                following = replace(state, position=number, settings=self.settings)
+        following = replace(state, epoch=epoch + 1, position=0, window=0, window_first=0, settings=self.settings)
+        for number, first, count in self._walk(epoch, state.window, state.window_first):
+            if first + count > state.position:
+                at = state.position + len(packs)
+                window = self._window(epoch, number)
+                packs += [window.pack(i - first, epoch, i) for i in range(at, min(end, first + count))]
+            if first + count > end:
+                following = replace(state, position=end, window=number, window_first=first, settings=self.settings)
                 break
-            packs.append(p)
         if not packs:
-            raise ConfigError(f"the data state stands at pack {state.position} of epoch {state.epoch}, but that epoch "
-                              f"has only {self.packs_in_epoch(state.epoch)} packs: the state is not of this plan")
-        packs += [Pack(state.epoch, -1, ())] * (packs_per_step - len(packs))
+            raise ConfigError(f"the data state stands at pack {state.position} of epoch {epoch}, but that epoch has "
+                              f"only {first + count} packs: the state is not of this plan")
+        packs += [Pack(epoch, -1, ())] * (packs_per_step - len(packs))
         return packs, following
+
+    def first_packs(self, count: int) -> list[Pack]:
+        """The first `count` packs of the first epoch, fewer where it has not as many."""
+        return [p for p in self.next_step(self.start(), count)[0] if p.draws]
 
     def packs_in_epoch(self, epoch: int) -> int:
         """Number of packs (fillers not counted). Plans each window once; the counts are kept, the packs are not."""
-        return sum(self._count(epoch, window) for window in range(self.windows))
+        return sum(count for _, _, count in self._walk(epoch))
+
+    def visits_in_epoch(self, epoch: int) -> int:
+        """Draws of an epoch; a pass over the index."""
+        return sum(int(counts.sum()) for _, _, counts in self.visits_by_shard(epoch))
+
+    def visits_by_shard(self, epoch: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """For each shard its dataset, the keys of its samples (S32 [n]) and how often the epoch visits each (int64 [n],
+        0 for those of the other split): what a ledger is held against."""
+        for dataset, (index, visits) in enumerate(zip(self.mixture.datasets, self.visits)):
+            for shard in range(len(self.mixture.shards[dataset])):
+                columns = index.columns(shard)
+                visited = visits.of(columns, self.rules.seed, self._order_of(epoch))
+                yield dataset, columns.keys, visited * self.rules.in_split(columns)
 
     def at_least(self, packs: int) -> bool:
-        """Whether the first epoch has this many packs, planning no more windows than the answer takes."""
-        found = 0
-        for window in range(self.windows):
-            found += self._count(0, window)
-            if found >= packs:
-                return True
-        return False
+        """Whether the first epoch has this many packs. Where the sums of the summary alone promise four times as many,
+        no window is planned for the answer."""
+        share = self.rules.validation_fraction if self.split == "validation" else 1 - self.rules.validation_fraction
+        tokens = sum(min(visits.images, visits.videos) * int(shards["tokens"].sum())
+                     for visits, shards in zip(self.visits, self.mixture.shards))
+        if tokens * share > 4 * packs * self.token_budget:
+            return True
+        return any(first + count >= packs for _, first, count in self._walk(0))
 
-    def state_at(self, step: int, packs_per_step: int) -> DataState:
-        """State before step `step` (from 0) of a run that took `packs_per_step` packs at every step."""
+    def state_at(self, step: int, packs_per_step: int, track: Callable[[Iterator], Iterable] = iter) -> DataState:
+        """State before step `step` (from 0) of a run that took `packs_per_step` packs at every step.
+
+        Plans the windows before it, each once, which takes a while where they are thousands: a run resumes from the
+        state it saved instead. track: shows how the walk over an epoch's windows comes along.
+        """
         epoch = 0
-        while step >= (steps := -(-self.packs_in_epoch(epoch) // packs_per_step)):
-            step -= steps
+        while True:
+            for number, first, count in track(self._walk(epoch)):
+                if first + count > step * packs_per_step:
+                    return replace(self.start(), epoch=epoch, position=step * packs_per_step, window=number,
+                                   window_first=first)
+            step -= -(-(first + count) // packs_per_step)
             epoch += 1
-        return replace(self.start(), epoch=epoch, position=step * packs_per_step)
 
-    def _packs_from(self, epoch: int, position: int) -> Iterator[Pack]:
-        # Finding the window of a position takes the pack counts of the windows before it, once a process.
-        first = 0
-        for window in range(self.windows):
-            if first + self._count(epoch, window) > position:
-                for p in self._window(epoch, window)[max(0, position - first):]:
-                    yield replace(p, position=first + p.position)
-            first += self._count(epoch, window)
+    def check_state(self, state: DataState) -> None:
+        """Raise ConfigError for a state of another snapshot, or of another plan in the middle of an epoch."""
+        if state.snapshot != self.mixture.snapshot:
+            raise ConfigError(
+                f"the data state belongs to snapshot {state.snapshot[:12]} of the index, but the dataset is at "
+                f"{self.mixture.snapshot[:12]}: its order is another one. Give data.dataset the folder the run was "
+                "started with, or start a new run from the weights")
+        if state.position and state.settings and state.settings != self.settings:
+            old = dict(word.split("=") for word in state.settings.split())
+            changed = [f"{word} (was {old.get(word.partition('=')[0])})" for word in self.settings.split()
+                       if old.get(word.partition("=")[0]) != word.partition("=")[2]]
+            raise ConfigError(
+                f"the data state stands in the middle of epoch {state.epoch}, but the plan was changed: "
+                f"{', '.join(changed)}. Samples would be seen twice or never: keep these settings until the epoch ends")
 
-    def _count(self, epoch: int, window: int) -> int:
-        if (epoch, window) not in self._counts:
-            self._counts[epoch, window] = len(self._window(epoch, window))
-        return self._counts[epoch, window]
+    def _walk(self, epoch: int, window: int = 0, first: int = 0) -> Iterator[tuple[int, int, int]]:
+        """(window, packs of the epoch before it, its packs) from `window` on, of which `first` is known."""
+        for number in range(window, self.windows):
+            if (epoch, number) not in self._counts:
+                self._counts[epoch, number] = len(self._window(epoch, number))
+            yield number, first, self._counts[epoch, number]
+            first += self._counts[epoch, number]
 
     def _order_of(self, epoch: int) -> int:
         """Epoch whose order and draws are used: evaluations repeat the first."""
         return epoch if self.split == "train" else 0
 
-    def _permute_shards(self, epoch: int) -> list[int]:
-        shards = range(len(self._sizes))
-        return sorted(shards, key=lambda shard: (key64(self.seed, "shard order", epoch, shard), shard))
+    def _list_passes(self) -> np.ndarray:
+        """Structured [passes]: the passes over shards that every epoch consists of, with the samples of the shard."""
+        passes = []
+        for dataset, (visits, shards) in enumerate(zip(self.visits, self.mixture.shards)):
+            repeats = visits.repeats(shards)
+            found = np.zeros(int(repeats.sum()), _PASS)
+            found["dataset"], found["shard"] = dataset, np.repeat(np.arange(len(shards)), repeats)
+            found["repeat"] = np.arange(len(found)) - np.repeat(np.cumsum(repeats) - repeats, repeats)
+            found["samples"] = shards["samples"][found["shard"]]
+            passes.append(found)
+        return np.concatenate(passes)
 
-    def _plan_window(self, epoch: int, window: int) -> list[Pack]:
-        """Packs of one window, their positions counted from the window's start."""
+    def _permute_passes(self, order: int) -> tuple[np.ndarray, np.ndarray]:
+        """Passes in the order of an epoch, and the places before each of them.
+
+        Each dataset is permuted by itself and dealt out evenly over the epoch, so that every window has its share.
+        """
+        seed, numbers = self.rules.seed, np.arange(len(self._passes))
+        shuffled = np.lexsort((hash64(key64(seed, "shard order", order), numbers), self._passes["dataset"]))
+        counts = np.bincount(self._passes["dataset"], minlength=len(self.visits))
+        rank = numbers - np.repeat(np.cumsum(counts) - counts, counts)
+        slot = (rank + uniforms(key64(seed, "shard slot", order), numbers)) / np.repeat(counts, counts)
+        passes = self._passes[shuffled[np.argsort(slot, kind="stable")]]
+        return passes, np.cumsum(passes["samples"]) - passes["samples"]
+
+    def _plan_window(self, epoch: int, window: int) -> Window:
         order = self._order_of(epoch)
-        shards = self._order(order)
+        passes, places = self._order(order)
         begin = window * self.window_shards
-        rows = [row for shard in shards[begin:begin + self.window_shards] for row in self.index.rows(shard)]
-        rows.sort(key=lambda row: (key64(self.seed, "sample order", order, row.key), row.row))
-        # The held-out samples keep their places in the count, so that a draw index takes no look at other windows.
-        first = sum(self._sizes[shard] for shard in shards[:begin])
-        first += FIRST_VALIDATION_DRAW if self.split == "validation" else order * self.total
-        draws = [self._draw(row, first + place) for place, row in enumerate(rows) if self._in_split(row)]
-        groups = pack([draw.tokens for draw in draws], self.token_budget)
-        groups.sort(key=lambda group: (key64(self.seed, "pack order", draws[group[0]].index), group[0]))
-        return [Pack(epoch, position, tuple(draws[i] for i in group)) for position, group in enumerate(groups)]
+        first = FIRST_VALIDATION_DRAW if self.split == "validation" else order * DRAWS_OF_AN_EPOCH
+        return plan_window(self.mixture, self.visits, self.rules, order, [
+            ShardVisit(*visit) for visit in passes[["dataset", "shard", "repeat"]][begin:begin + self.window_shards]
+            .tolist()], first + int(places[begin]))
 
-    def _in_split(self, row: IndexRow) -> bool:
-        return held_out(row.key, self.validation_fraction) == (self.split == "validation")
+    def _check_split(self) -> None:
+        """Refuse a split without samples, reading parts only until one is found."""
+        fraction, total = self.rules.validation_fraction, self.mixture.samples
+        if self.split == "train" or fraction:
+            for dataset, index in enumerate(self.mixture.datasets):
+                for shard in np.flatnonzero(self.mixture.shards[dataset]["samples"]).tolist():
+                    columns = index.columns(shard)
+                    if (taken := self.rules.in_split(columns)).any():
+                        self.rules.check_captions(columns, taken)
+                        return
+        other = total and ("set data.validation_fraction lower" if self.split == "train" else
+                           "set data.validation_fraction higher, or train.validate_every=0")
+        raise ConfigError(f"the {self.split} split has no sample: the dataset holds {total} and "
+                          f"data.validation_fraction is {fraction}; {other or 'add samples'}")
 
-    def _draw(self, row: IndexRow, index: int) -> Draw:
-        task = "T2I"
-        if row.thw[0] > 1:
-            task = "I2V" if self.i2v_share and uniform(self.seed, "task", index) < self.i2v_share else "T2V"
-        text = self.index.info.empty_text
-        if row.captions and not (self.caption_drop and uniform(self.seed, "caption drop", index) < self.caption_drop):
-            choice = 0
-            if len(row.captions) > 1:
-                choice = int(uniform(self.seed, "caption", index) * len(row.captions))
-            text = row.captions[choice].texts[task]
-        return Draw(index, row.key, row.row, row.thw, row.ratio_key, task, text.key, text.tokens)
+    def _check_lengths(self) -> None:
+        """Refuse a sample longer than the budget, naming the longest.
 
-    def _possible_texts(self, row: IndexRow) -> Iterator[TextRef]:
-        """Every text entry that a draw of the row may take."""
-        if not row.captions or self.caption_drop:
-            yield self.index.info.empty_text
-        tasks = ["T2I"]
-        if row.thw[0] > 1:
-            tasks = ["T2V"] * (self.i2v_share < 1) + ["I2V"] * (self.i2v_share > 0)
-        for caption in row.captions:
-            for task in tasks:
-                if task not in caption.texts:
-                    raise ConfigError(f"sample {row.key} has no {task} entry for one of its captions, but may be drawn "
-                                      f"as {task}: tokenize the captions for {task}, or set data.i2v_share so that it "
-                                      "is not drawn")
-                yield caption.texts[task]
-
-    def _check(self) -> int:
-        """Number of samples of the split, after checking each; one pass over the index, a shard at a time."""
-        samples, longest, key = 0, 0, ""
-        for shard in range(len(self._sizes)):
-            for row in self.index.rows(shard):
-                if not self._in_split(row):
-                    continue
-                samples += 1
-                t, h, w = row.thw
-                length = t * h * w + max(text.tokens for text in self._possible_texts(row)) + 1
-                if length > longest:
-                    longest, key = length, row.key
+        The summary bounds the samples of each shard by any text of any task; only where a bound is beyond the budget
+        its part is read, for the texts that may really be drawn.
+        """
+        longest, key = self.token_budget, ""
+        for dataset, (index, shards) in enumerate(zip(self.mixture.datasets, self.mixture.shards)):
+            for shard in np.argsort(-shards["longest"], kind="stable").tolist():
+                if shards["longest"][shard] <= longest:
+                    break
+                columns = index.columns(shard)
+                lengths = self.rules.longest(columns, index.info.empty_text.tokens) * self.rules.in_split(columns)
+                if lengths.max() > longest:
+                    longest, key = int(lengths.max()), columns.keys[lengths.argmax()].decode()
         if longest > self.token_budget:
             raise ConfigError(
                 f"sample {key} has {longest} tokens with its longest caption, but a pack holds data.token_budget = "
                 f"{self.token_budget}: set data.token_budget to at least {-(-longest // 128) * 128}, or tokenize "
                 "shorter or smaller clips (tokenize.max_frames, tokenize.latent_side)")
-        if not samples:
-            other = self.total and ("set data.validation_fraction lower" if self.split == "train" else
-                                    "set data.validation_fraction higher, or train.validate_every=0")
-            raise ConfigError(f"the {self.split} split has no sample: the dataset holds {self.total} and "
-                              f"data.validation_fraction is {self.validation_fraction}; {other or 'add samples'}")
-        return samples
 
-    def check_state(self, state: DataState) -> None:
-        """Raise ConfigError for a state of another snapshot, or of another plan in the middle of an epoch."""
-        if state.snapshot != self.index.snapshot:
-            raise ConfigError(
-                f"the data state belongs to snapshot {state.snapshot[:12]} of the index, but the dataset is at "
-                f"{self.index.snapshot[:12]}: its order is another one. Give data.dataset the folder the run was "
-                "started with, or start a new run from the weights")
-        if state.position and state.settings and state.settings != self.settings:
-            changed = [f"{new} (was {old.partition('=')[2]})" for old, new in
-                       zip(state.settings.split(), self.settings.split()) if old != new]
-            raise ConfigError(
-                f"the data state stands in the middle of epoch {state.epoch}, but the plan was changed: "
-                f"{', '.join(changed)}. Samples would be seen twice or never: keep these settings until the epoch ends")
+
+_PASS = np.dtype([("dataset", np.int32), ("shard", np.int64), ("repeat", np.int64), ("samples", np.int64)])

@@ -6,10 +6,13 @@ Frame numbers count in display order. Files are opened for reading only.
 
 from __future__ import annotations
 
-import functools
+import io
+import itertools
 import math
 import os
 import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -17,13 +20,17 @@ from pathlib import Path
 import av
 import numpy as np
 
+from grn_scale.data.media_file import BUFFER_BYTES, Media
+from grn_scale.data.recent import Recent
+
 IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp"))
+"""What is read as a picture; everything else is a video."""
 
 
 class DecodeError(Exception):
     """A clip that gives no frames. `reason` is one word for counting:
 
-    missing          no such file
+    missing          no such file, or no such member of the tar
     unreadable       not a media file, or one that cannot be opened
     no_video_stream  a media file without moving or still pictures
     zero_frames      a video stream without a frame
@@ -33,6 +40,7 @@ class DecodeError(Exception):
     out_of_range     the clip's frame range lies outside the file
     too_short        fewer frames than the shortest video takes
     timeout          decoding took longer than the limit
+    out_of_memory    decoding takes more memory than the limit
     crashed          the decoding process died, or failed in a way not listed here
     """
 
@@ -58,6 +66,10 @@ class VideoInfo:
     """Degrees counter-clockwise that turn the stored picture into the displayed one: 0, 90, 180 or 270."""
     constant_rate: bool
     """Every frame lies on a regular grid, up to the rounding of the container's clock."""
+    pixel_aspect: float
+    """Width of a stored pixel by its height: 1 where pixels are square."""
+    pixel_format: str
+    """As stored, in FFmpeg's words (yuv420p10le); of an image its mode in Pillow's (RGB)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,10 +82,6 @@ class VideoIndex:
     time_base: Fraction
     key_frames: np.ndarray
     """int64, ascending: frames at which decoding can start."""
-    clean_order: bool
-    """Times are unique, nothing is marked to be discarded, and no frame crosses a key frame between stored and
-    display order. Then counting frames from a key frame, as decord does, hits the right one."""
-    pixel_format: str
 
     @property
     def seconds(self) -> np.ndarray:
@@ -88,64 +96,95 @@ class VideoIndex:
         return self.info.duration
 
 
-def require_file(path: Path) -> None:
-    """Raise DecodeError('missing') unless `path` is a file."""
-    if not path.is_file():
-        raise DecodeError("missing", f"{path} is no file")
+def require_file(media: Media) -> tuple[int, int]:
+    """Stamp of the file on disk (see `Media.stamp`); DecodeError('missing') unless it is a file."""
+    try:
+        return media.stamp()
+    except FileNotFoundError as error:
+        raise DecodeError("missing", f"{media} is no file") from error
+    except OSError as error:
+        raise DecodeError("unreadable", f"{media}: {error}") from error
 
 
-def index_video(path: str | Path) -> VideoIndex:
-    """Index of a video file. Reads all packets of the stream, but decodes the first frame only.
+@contextmanager
+def open_container(media: Media) -> Iterator[av.container.InputContainer]:
+    """PyAV's container of a file. DecodeError: missing, unreadable, truncated."""
+    require_file(media)
+    with ExitStack() as stack:
+        with _telling_what_is_wrong(media):
+            source = os.path.abspath(media.path) if media.member is None else stack.enter_context(media.open())
+            container = stack.enter_context(av.open(source, metadata_errors="replace", buffer_size=BUFFER_BYTES))
+        yield container
 
-    The last few files are remembered, since the clips of one source follow each other.
+
+@contextmanager
+def _telling_what_is_wrong(media: Media) -> Iterator[None]:
+    try:
+        yield
+    except MemoryError:  # one of PyAV's errors, but no fault of the file
+        raise
+    except FileNotFoundError as error:
+        raise DecodeError("missing", f"{media}: {error}") from error
+    except (av.error.FFmpegError, OSError) as error:
+        raise DecodeError("truncated" if _mp4_ends_early(media) else "unreadable", f"{media}: {error}") from error
+
+
+def video_stream(media: Media, container: av.container.InputContainer) -> av.video.stream.VideoStream:
+    """First video stream that is no cover picture of a sound file, set to decode in one thread: processes decode
+    side by side already, and starting threads costs more than a short clip. DecodeError: no_video_stream.
+    """
+    pictures = av.stream.Disposition.attached_pic
+    for stream in container.streams.video:
+        if not stream.disposition & pictures:
+            stream.codec_context.thread_count = 1
+            return stream
+    raise DecodeError("no_video_stream", f"{media} holds no video stream")
+
+
+def index_video(path: str | Path, member: str | None = None) -> VideoIndex:
+    """Index of a video file, or of a member of the tar `path`.
+
     Raises DecodeError: missing, unreadable, no_video_stream, zero_frames, no_timestamps, truncated.
     """
-    path = Path(path)
-    require_file(path)
-    status = path.stat()
-    return _index_video(str(path), status.st_size, status.st_mtime_ns)
+    media = Media(str(path), member)
+    with open_container(media) as container:
+        return index_stream(media, container, video_stream(media, container))[0]
 
 
-def probe(path: str | Path) -> VideoInfo:
-    """Facts of a video or image file; an image is one frame with fps 0. Raises DecodeError as `index_video` does."""
-    path = Path(path)
-    if path.suffix.lower() not in IMAGE_SUFFIXES:
-        return index_video(path).info
-    from PIL import Image, ImageOps
-
-    require_file(path)
-    try:
-        with Image.open(path) as image:
-            codec = (image.format or "").lower()
-            width, height = ImageOps.exif_transpose(image).size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DecodeError("unreadable", f"{path}: {error}") from error
-    return VideoInfo(width, height, 0.0, 1, 0.0, codec, 0, True)
+_INDICES: Recent[tuple[Media, tuple[int, int]], VideoIndex] = Recent(8)
+"""Of the files read last: the clips of one source follow each other."""
 
 
-@functools.lru_cache(maxsize=8)
-def _index_video(path: str, size: int, mtime_ns: int) -> VideoIndex:
-    try:
-        with av.open(path, metadata_errors="replace") as container:
-            return _index(path, container)
-    except (av.error.FFmpegError, OSError) as error:
-        raise DecodeError("truncated" if _mp4_ends_early(path, size) else "unreadable", f"{path}: {error}") from error
+def index_stream(media: Media, container: av.container.InputContainer, stream: av.video.stream.VideoStream,
+                 ) -> tuple[VideoIndex, Iterator[av.VideoFrame] | None]:
+    """Index of the open file, and its decoded frames from the first on (None where the index was at hand).
+
+    Reads all packets, and decodes one frame. Raises DecodeError as `index_video` does.
+    """
+    begun = None
+
+    def make(_: object) -> VideoIndex:
+        nonlocal begun
+        index, begun = _index(media, container, stream)
+        return index
+
+    with _telling_what_is_wrong(media):
+        return _INDICES.get((media, require_file(media)), make), begun
 
 
-def _index(path: str, container: av.container.InputContainer) -> VideoIndex:
-    stream = video_stream(container)
-    if stream is None:
-        raise DecodeError("no_video_stream", f"{path} holds no video stream")
-    packets = _read_packets(path, container, stream)
+def _index(media: Media, container: av.container.InputContainer,
+           stream: av.video.stream.VideoStream) -> tuple[VideoIndex, Iterator[av.VideoFrame]]:
+    packets = _read_packets(media, container, stream)
     times = np.sort(packets.times[~packets.discarded])
     if not len(times):
-        raise DecodeError("zero_frames", f"{path} marks every frame as not shown")
-    _check_promises(path, container, stream, packets, times)
+        raise DecodeError("zero_frames", f"{media} marks every frame as not shown")
+    _check_promises(media, container, stream, packets, times)
 
     container.seek(packets.start, stream=stream)
-    frame = next(container.decode(stream), None)
+    frames = container.decode(stream)
+    frame = next(frames, None)
     if frame is None:
-        raise DecodeError("zero_frames", f"{path}: no frame of its video stream can be decoded")
+        raise DecodeError("zero_frames", f"{media}: no frame of its video stream can be decoded")
     rotation = int(round(frame.rotation / 90)) * 90 % 360
     aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or Fraction(1)
     width, height = max(1, round(frame.width * aspect)), frame.height
@@ -156,11 +195,11 @@ def _index(path: str, container: av.container.InputContainer) -> VideoIndex:
     last = float(np.median(np.diff(times))) if len(times) > 1 else packets.last_duration
     info = VideoInfo(width=width, height=height, fps=fps, frames=len(times),
                      duration=(float(times[-1] - times[0]) + last) * float(base),
-                     codec=stream.codec_context.name, rotation=rotation, constant_rate=constant)
+                     codec=stream.codec_context.codec.canonical_name, rotation=rotation, constant_rate=constant,
+                     pixel_aspect=float(aspect), pixel_format=frame.format.name)
     times.flags.writeable = False
     key_frames = np.searchsorted(times, np.sort(packets.times[packets.keys]))
-    return VideoIndex(info=info, times=times, time_base=base, key_frames=key_frames,
-                      clean_order=_is_clean(packets, times), pixel_format=stream.codec_context.pix_fmt or "")
+    return VideoIndex(info, times, base, key_frames), itertools.chain((frame,), frames)
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,32 +218,23 @@ class _Packets:
     last_corrupt: bool
 
 
-def _read_packets(path: str, container: av.container.InputContainer, stream: av.video.stream.VideoStream) -> _Packets:
+def _read_packets(media: Media, container: av.container.InputContainer,
+                  stream: av.video.stream.VideoStream) -> _Packets:
     facts, first, last = [], None, None
     for packet in container.demux(stream):
         if not packet.size and packet.dts is None:
             continue  # the mark that the stream has ended
         if packet.pts is None:
-            raise DecodeError("no_timestamps", f"{path} has packets without timestamps; put it into a container, "
+            raise DecodeError("no_timestamps", f"{media} has packets without timestamps; put it into a container, "
                                                "for example ffmpeg -i IN -c copy OUT.mkv")
         facts.append((packet.pts, packet.is_keyframe, packet.is_discard))
         last = packet
         if first is None:
             first = packet.pts if packet.dts is None else packet.dts
     if last is None:
-        raise DecodeError("zero_frames", f"{path} holds a video stream without frames")
+        raise DecodeError("zero_frames", f"{media} holds a video stream without frames")
     times, keys, discarded = (np.array(column) for column in zip(*facts))
     return _Packets(times, keys, discarded, first, last.duration or 0, last.is_corrupt)
-
-
-def _is_clean(packets: _Packets, times: np.ndarray) -> bool:
-    """See VideoIndex.clean_order. At a clean key frame all stored before are shown before, all after after."""
-    stored = packets.times
-    latest_before = np.concatenate(([np.iinfo(np.int64).min], np.maximum.accumulate(stored)[:-1]))
-    earliest_from = np.minimum.accumulate(stored[::-1])[::-1]
-    at_keys = (latest_before < stored) & (earliest_from == stored)
-    return bool(len(times) == len(stored) and np.all(np.diff(times) > 0) and packets.keys[0]
-                and np.all(at_keys[packets.keys]))
 
 
 def _rate(times: np.ndarray, tick_seconds: float) -> tuple[float, bool]:
@@ -216,14 +246,14 @@ def _rate(times: np.ndarray, tick_seconds: float) -> tuple[float, bool]:
     return float(1.0 / (period * tick_seconds)), bool(deviation <= max(1.0, 0.01 * period))
 
 
-def _check_promises(path: str, container: av.container.InputContainer, stream: av.video.stream.VideoStream,
+def _check_promises(media: Media, container: av.container.InputContainer, stream: av.video.stream.VideoStream,
                     packets: _Packets, times: np.ndarray) -> None:
     """Compare the packets found with what the header says of their number and duration."""
     held = len(packets.times)
     if stream.frames > held:
-        raise DecodeError("truncated", f"{path} promises {stream.frames} frames, but holds {held}")
+        raise DecodeError("truncated", f"{media} promises {stream.frames} frames, but holds {held}")
     if packets.last_corrupt:
-        raise DecodeError("truncated", f"{path} ends inside its last packet")
+        raise DecodeError("truncated", f"{media} ends inside its last packet")
     promised = _promised_seconds(container, stream)
     if promised is None:
         return
@@ -233,7 +263,7 @@ def _check_promises(path: str, container: av.container.InputContainer, stream: a
     end = float(times[-1] + last) * base - origin
     # Writers round the duration and may count the last frame or not, hence the two frames of grace.
     if end < promised - max(2 * float(last) * base, 0.05):
-        raise DecodeError("truncated", f"{path} promises {promised:.3f} s, but its frames end at {end:.3f} s")
+        raise DecodeError("truncated", f"{media} promises {promised:.3f} s, but its frames end at {end:.3f} s")
 
 
 def _promised_seconds(container: av.container.InputContainer, stream: av.video.stream.VideoStream) -> float | None:
@@ -250,11 +280,11 @@ def _promised_seconds(container: av.container.InputContainer, stream: av.video.s
     return whole if len(container.streams) == 1 else None
 
 
-def _mp4_ends_early(path: str, size: int) -> bool:
-    """Whether a file of `size` bytes that starts as MP4/MOV lacks its index or ends inside a top-level box."""
+def _mp4_ends_early(media: Media) -> bool:
+    """Whether a file that starts as MP4/MOV lacks its index or ends inside a top-level box."""
     try:
-        with open(path, "rb") as file:
-            position, kinds = 0, []
+        with media.open() as file:
+            size, position, kinds = file.seek(0, io.SEEK_END), 0, []
             while position + 8 <= size:
                 file.seek(position)
                 header = file.read(16)
@@ -289,23 +319,3 @@ def nearest_frames(index: VideoIndex, begin: int, end: int, fps: float, count: i
     middles = (seconds[1:] + seconds[:-1]) / 2
     chosen = np.searchsorted(middles, wanted - 1e-9, side="left")
     return chosen + begin, float(np.abs(seconds[chosen] - wanted).max())
-
-
-def video_stream(container: av.container.InputContainer) -> av.video.stream.VideoStream | None:
-    """First video stream that is no cover picture of a sound file, set to decode in one thread: processes decode
-    side by side already, and starting threads costs more than a short clip.
-    """
-    pictures = av.stream.Disposition.attached_pic
-    for stream in container.streams.video:
-        if not stream.disposition & pictures:
-            stream.codec_context.thread_count = 1
-            return stream
-    return None
-
-
-def open_for_reading(path: str | Path) -> av.container.InputContainer:
-    """PyAV container; DecodeError('unreadable') where it cannot be opened."""
-    try:
-        return av.open(os.fspath(path), metadata_errors="replace")
-    except (av.error.FFmpegError, OSError) as error:
-        raise DecodeError("unreadable", f"{path}: {error}") from error

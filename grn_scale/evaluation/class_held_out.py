@@ -12,9 +12,9 @@ from grn_scale.class_to_image.guidance import predict
 from grn_scale.class_to_image.model import ClassGRN
 from grn_scale.class_to_image.source import load_trained
 from grn_scale.config.class_schema import ClassConfig
+from grn_scale.data.dataset import Dataset
 from grn_scale.data.loader import read_pack
 from grn_scale.data.plan import Plan, sample_weights
-from grn_scale.data.shards import Dataset
 from grn_scale.evaluation.held_out import open_held_out, verdict
 from grn_scale.model.loss import NOISE_BINS, noise_bin_means, noise_bin_sums
 from grn_scale.sampling.source import Source
@@ -40,7 +40,7 @@ def held_out_batches(dataset: Dataset, config: ClassConfig, model: ClassGRN, pac
     Their noise is keyed by fixed draws, as in validation. ConfigError where nothing is held out.
     """
     plan = Plan.of(dataset, config.data, config.seed, split="validation")
-    chosen, _ = plan.next_step(plan.start(), min(packs, plan.packs_in_epoch(0)))
+    chosen = plan.first_packs(packs)
     weights = sample_weights(chosen, config.loss.gamma)
     return [assemble(read_pack(dataset, pack), weights, class_of=lambda draw: dataset.locate(draw.row).class_id,
                      config=model.config, noise=config.noise, class_drop=0.0, seed=config.seed, device=model.device)

@@ -12,17 +12,19 @@ import torch
 from grn_scale.batch import Sample
 from grn_scale.config.check import check_set
 from grn_scale.config.schema import Config, ModelConfig
+from grn_scale.data.dataset import Dataset
 from grn_scale.data.loader import read_pack
 from grn_scale.data.plan import Plan, sample_weights
-from grn_scale.data.shards import Dataset
 from grn_scale.errors import ConfigError
 from grn_scale.evaluation.job import Job
+from grn_scale.evaluation.text_precision import int8_text_states
 from grn_scale.model import GRN
 from grn_scale.model.loss import NOISE_BINS, label_loss, noise_bin_means, noise_bin_sums
 from grn_scale.model.pack import PackedBatch, assemble
 from grn_scale.sampling.condition import Condition
 from grn_scale.sampling.guidance import GuidedNetwork
 from grn_scale.sampling.source import Source
+from grn_scale.tokenizer.text import IdsEncoder, load_text_encoder, with_text_states
 
 log = logging.getLogger(__name__)
 
@@ -81,10 +83,25 @@ def measure(job: Job) -> dict[str, Any]:
     source.check_fingerprint("text", "data.dataset", dataset.info.text_fingerprint)
     trained = source.load(raw=options.raw)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    model = trained.model.to("cuda" if torch.cuda.is_available() else "cpu", dtype)
-    packs = held_out_packs(dataset, config, model, options.packs)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = trained.model.to(device, dtype)
+    packs = held_out_packs(dataset, config, model, options.packs, open_text_encoder(dataset, config, device))
     return {"weights": trained.weights, "precision": config.train.precision, **by_noise(model, packs),
-            "training_and_sampling": agreement(model, packs, config.train.precision)}
+            "training_and_sampling": agreement(model, packs, config.train.precision),
+            "int8_text_states": int8_text_states(model, [pack.batch for pack in packs])}
+
+
+def open_text_encoder(dataset: Dataset, config: Config, device: torch.device) -> IdsEncoder | None:
+    """The encoder of the dataset's texts where it holds token ids only. ConfigError where text.encoder is another."""
+    if dataset.info.text_states != "none":
+        return None
+    check_set(config, "text.encoder")
+    encoder = load_text_encoder(config.text.encoder, config.text.max_tokens, device)
+    if encoder.fingerprint != dataset.info.text_fingerprint:
+        raise ConfigError(f"{config.data.dataset} was made with the text encoder {dataset.info.text_fingerprint[:16]}, "
+                          f"but text.encoder and text.max_tokens={config.text.max_tokens} give "
+                          f"{encoder.fingerprint[:16]}: set both as they were when it was tokenized")
+    return encoder
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,17 +111,20 @@ class HeldOutPack:
     """The same, corrupted and packed as validation in training does it."""
 
 
-def held_out_packs(dataset: Dataset, config: Config, model: GRN, packs: int) -> list[HeldOutPack]:
-    """The first packs of the dataset's validation split, on the model's device.
+def held_out_packs(dataset: Dataset, config: Config, model: GRN, packs: int,
+                   encoder: IdsEncoder | None) -> list[HeldOutPack]:
+    """The first packs of the dataset's validation split, on the model's device; encoder: where it holds no states.
 
     Their noise is keyed by fixed draws, as in validation. ConfigError where nothing is held out.
     """
     plan = Plan.of(dataset, config.data, config.seed, split="validation")
-    chosen, _ = plan.next_step(plan.start(), min(packs, plan.packs_in_epoch(0)))
+    chosen = plan.first_packs(packs)
     weights = sample_weights(chosen, config.loss.gamma)
     found = []
     for pack in chosen:
         samples = read_pack(dataset, pack)
+        if encoder is not None:
+            samples = with_text_states(samples, encoder)
         found.append(HeldOutPack(samples, assemble(
             samples, weights, config=model.config, noise=config.noise, seed=config.seed,
             length=config.data.token_budget, device=model.word_embed.weight.device)))
@@ -156,7 +176,7 @@ def _condition(sample: Sample, labels_VD: torch.Tensor, config: ModelConfig) -> 
 
 def table(result: dict[str, Any]) -> list[str]:
     """Lines for people."""
-    same = result["training_and_sampling"]
+    same, int8 = result["training_and_sampling"], result["int8_text_states"]
     return [f"held out     {result['samples']} samples in {result['packs']} packs: loss {result['loss']:.4f} nats a "
             f"label, bit accuracy {result['bit_accuracy']:.2%}",
             "p            " + "  ".join(f"{i / 10:.1f}-{(i + 1) / 10:.1f}" for i in range(10)),
@@ -164,7 +184,9 @@ def table(result: dict[str, Any]) -> list[str]:
             "accuracy     " + "  ".join(_number(value) for value in result["bit_accuracy_by_noise"]),
             f"agreement    {'yes' if same['agree'] else 'NO'}: scores of {same['samples']} samples differ by at most "
             f"{same['largest_score_difference']:.2e} between training and sampling (standard deviation "
-            f"{same['score_standard_deviation']:.2f})"]
+            f"{same['score_standard_deviation']:.2f})",
+            f"int8 text    scores change by {int8['relative_l2']:.2%} (relative L2), at most "
+            f"{int8['largest_score_difference']:.2e}, where text states are kept as int8"]
 
 
 def _number(value: float | None) -> str:

@@ -15,8 +15,8 @@ import torch
 from grn_scale.errors import UserError
 from grn_scale.hbq import dequantize_bits, quantize_bits
 from grn_scale.sampling.video import BATCH_CELLS
-from grn_scale.tokenizer.clips import PIECE_GROUPS, WHOLE_CLIP_FRAMES, to_frames, to_video
-from grn_scale.tokenizer.video import TIME_STRIDE, VideoTokenizer
+from grn_scale.tokenizer.clips import encode_features, to_frames
+from grn_scale.tokenizer.video import VideoTokenizer
 
 
 @dataclass(frozen=True)
@@ -27,18 +27,6 @@ class Quality:
     """Over all pixels of the clip, 8 bits; infinite where nothing differs."""
     ssim: float | None
     """Mean over its frames; None where it was not asked for."""
-
-
-@torch.inference_mode()
-def encode_clip(tokenizer: VideoTokenizer, frames: np.ndarray) -> torch.Tensor:
-    """fp32 features [1, d, t, h, w] of uint8 frames [T, H, W, 3]: those that tokenize quantises.
-
-    A clip of more than WHOLE_CLIP_FRAMES goes through piece by piece, so the memory does not grow with its length.
-    """
-    parameter = next(tokenizer.parameters())
-    cuts = [] if len(frames) <= WHOLE_CLIP_FRAMES else range(1, len(frames), PIECE_GROUPS * TIME_STRIDE)
-    pieces = (to_video(piece[None]).to(parameter.device, parameter.dtype) for piece in np.split(frames, cuts))
-    return torch.cat([features.float() for features in tokenizer.encode_stream(pieces)], dim=2)
 
 
 @torch.inference_mode()
@@ -53,13 +41,13 @@ def decode_bits(tokenizer: VideoTokenizer, bits: torch.Tensor, rounds: int) -> I
 
 def reconstruct(tokenizer: VideoTokenizer, frames: np.ndarray, rounds: int) -> np.ndarray:
     """uint8 frames [T, H, W, 3] as they come back from `rounds` rounds of HBQ."""
-    bits = quantize_bits(encode_clip(tokenizer, frames), rounds)
+    bits = quantize_bits(encode_features(tokenizer, frames[None]), rounds)
     return np.concatenate(list(decode_bits(tokenizer, bits, rounds)))
 
 
 def quality_by_round(tokenizer: VideoTokenizer, frames: np.ndarray, rounds: int) -> list[Quality]:
     """Quality of uint8 frames [T, H, W, 3] after the first 1, 2, ... `rounds` rounds of one quantisation."""
-    bits = quantize_bits(encode_clip(tokenizer, frames), rounds)
+    bits = quantize_bits(encode_features(tokenizer, frames[None]), rounds)
     width = tokenizer.latent_channels
     return [compare(decode_bits(tokenizer, bits[:, :kept * width], kept), frames, ssim=True)
             for kept in range(1, rounds + 1)]
@@ -67,7 +55,7 @@ def quality_by_round(tokenizer: VideoTokenizer, frames: np.ndarray, rounds: int)
 
 def quality(tokenizer: VideoTokenizer, frames: np.ndarray, rounds: int) -> Quality:
     """PSNR of uint8 frames [T, H, W, 3] after all rounds, without the SSIM (which needs scikit-image)."""
-    bits = quantize_bits(encode_clip(tokenizer, frames), rounds)
+    bits = quantize_bits(encode_features(tokenizer, frames[None]), rounds)
     return compare(decode_bits(tokenizer, bits, rounds), frames, ssim=False)
 
 

@@ -1,12 +1,15 @@
-"""grn-scale bench: how fast this machine tokenizes, reads shards and trains, as JSON.
+"""grn-scale bench: how fast this machine tokenizes, reads shards and trains, and how well packs are made, as JSON.
 
-    grn-scale bench                                                   all four, each in a process of its own
+    grn-scale bench                                                   all of these, each in a process of its own
     grn-scale bench tokenize --config configs/runs/demo.yaml data.manifest=clips.jsonl
     grn-scale bench tokenizer --widths 32,48 tokenize.latent_side=40 tokenize.max_frames=17 data.manifest=clips.jsonl
     grn-scale bench data --config configs/runs/demo.yaml data.dataset=tokens/
+    grn-scale bench packing --lengths clip_lengths.csv                rules for packs and ranks beside each other
+    grn-scale bench plan --samples 100000000                          planning of a dataset of any size
     grn-scale bench train --config configs/runs/demo.yaml             also under torchrun or srun
 
 Where the configuration names no manifest or dataset, inputs of the configured size are made in a temporary folder.
+"packing" and "plan" do not depend on the configuration.
 """
 
 from __future__ import annotations
@@ -24,22 +27,25 @@ from grn_scale.command_line import CommandParser, nearest, run, start_logging
 from grn_scale.config.schema import Config
 from grn_scale.errors import EXIT_FAILED, ConfigError
 from grn_scale.perf.bench_data import bench_data
+from grn_scale.perf.bench_packing import bench_packing
+from grn_scale.perf.bench_plan import bench_plan
 from grn_scale.perf.bench_tokenize import bench_tokenize
 from grn_scale.perf.bench_tokenizer import bench_tokenizer
 from grn_scale.perf.bench_train import bench_train
 from grn_scale.perf.measure import peak_memory, surroundings
 
 log = logging.getLogger("grn_scale.bench")
-BENCHMARKS = ("tokenize", "tokenizer", "data", "train")
+BENCHMARKS = ("tokenize", "tokenizer", "data", "packing", "plan", "train")
+DEFAULT_SAMPLES = {"data": 4096, "plan": 1_000_000}
 DEFAULT_CONFIG = "configs/runs/demo.yaml"
 
 
 def measure(name: str, config: Config, *, clips: int, samples: int, repeats: int,
-            widths: str | None = None) -> dict[str, Any]:
+            widths: str | None = None, lengths: str | None = None) -> dict[str, Any]:
     """One benchmark with all it depends on: results, peak memory, configuration, hardware, versions, date.
 
-    clips: decoded in each repeat of "tokenize"; samples: read in each repeat of "data"; widths: of
-    random weights in "tokenizer".
+    clips: decoded in each repeat of "tokenize"; samples: read in each repeat of "data", or of the index of "plan";
+    widths: of random weights in "tokenizer"; lengths: CSV file of clip lengths for "packing".
     """
     from grn_scale.config.load import to_dict
 
@@ -49,6 +55,10 @@ def measure(name: str, config: Config, *, clips: int, samples: int, repeats: int
         results = bench_tokenizer(config, widths, repeats)
     elif name == "data":
         results = bench_data(config, samples, repeats)
+    elif name == "packing":
+        results = bench_packing(lengths)
+    elif name == "plan":
+        results = bench_plan(samples)
     else:
         results = bench_train(config, repeats)
     return {"benchmark": name, "results": results, "peak_memory": peak_memory(), **surroundings(),
@@ -66,21 +76,24 @@ def main(argv: list[str]) -> int:
     parser.set_defaults(config=DEFAULT_CONFIG)
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="measurements of each number (default: 5)")
     parser.add_argument("--clips", type=int, default=256, metavar="N", help="decoded in each repeat (default: 256)")
-    parser.add_argument("--samples", type=int, default=4096, metavar="N", help="read in each repeat (default: 4096)")
+    parser.add_argument("--samples", type=int, metavar="N", help="bench data: read in each repeat (default: 4096); "
+                        "bench plan: of the index (default: 1000000)")
     parser.add_argument("--widths", metavar="DIM,DEC_DIM", help="bench tokenizer with random weights of the official "
                         "architecture in these widths, where tokenizer.path has none")
+    parser.add_argument("--lengths", metavar="FILE", help="bench packing with the clips of a CSV file with the columns "
+                        "t, h, w (latent cells) and text_tokens, instead of a made mix")
     parser.add_argument("--json", action="store_true", help="nothing but the JSON: no progress on stderr")
     rest = argv[1:] if named else argv
     config, options = parser.parse_command(rest)
-    if min(options.repeats, options.clips, options.samples) < 1:
+    if min(options.repeats, options.clips, 1 if options.samples is None else options.samples) < 1:
         raise ConfigError("--repeats, --clips and --samples must be at least 1")
     start_logging(logging.WARNING if options.json else logging.INFO)
     if not named:
         return _each_alone(rest)
     log.info("measuring %s", argv[0])
     with contextlib.redirect_stdout(sys.stderr):  # libraries print, but stdout is the result
-        report = measure(argv[0], config, clips=options.clips, samples=options.samples, repeats=options.repeats,
-                         widths=options.widths)
+        report = measure(argv[0], config, clips=options.clips, repeats=options.repeats, widths=options.widths,
+                         samples=options.samples or DEFAULT_SAMPLES.get(argv[0], 1), lengths=options.lengths)
     if int(os.environ.get("RANK", "0")) == 0:
         print(json.dumps(report, indent=1))
     return 0

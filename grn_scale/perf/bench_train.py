@@ -109,7 +109,7 @@ def _random_packs(config: Config) -> tuple[list[list[Sample]], dict[int, float]]
     def sample(index: int) -> Sample:
         bits = drawn.integers(0, 256, (t * h * w * config.model.bits_per_token + 7) // 8, dtype=np.uint8)
         states = drawn.standard_normal((CAPTION_TOKENS, config.model.text_hidden_size), np.float32)
-        draw = Draw(index, f"clip{index}", index, (t, h, w), ratio_key, task, "", CAPTION_TOKENS)
+        draw = Draw(index, f"clip{index}", index, (t, h, w), ratio_key, task, -1, CAPTION_TOKENS)
         return Sample(draw, bits, torch.from_numpy(states))
 
     count = budget // length

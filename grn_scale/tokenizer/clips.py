@@ -13,9 +13,9 @@ import torch
 from grn_scale.hbq import quantize_bits, to_token_major
 from grn_scale.tokenizer.video import VideoTokenizer
 
-WHOLE_CLIP_FRAMES = 33
-"""Longer clips are encoded in pieces of PIECE_GROUPS groups of four frames, so that memory stays bounded."""
-PIECE_GROUPS = 8
+PIECE_FRAMES = 32
+"""Clips of more than one frame above this are encoded in pieces of so many (whole groups of four), so that memory stays
+bounded: only the frames as bytes are there at full length."""
 
 
 def to_video(frames: np.ndarray) -> torch.Tensor:
@@ -31,15 +31,19 @@ def to_frames(video: torch.Tensor) -> np.ndarray:
 
 
 @torch.inference_mode()
+def encode_features(tokenizer: VideoTokenizer, frames: np.ndarray) -> torch.Tensor:
+    """fp32 features [B, d, t, h, w] of uint8 frames [B, T, H, W, 3], on the tokenizer's device."""
+    parameter = next(tokenizer.parameters())
+    cuts = range(PIECE_FRAMES + 1, frames.shape[1], PIECE_FRAMES)
+    pieces = (to_video(piece).to(parameter.device, parameter.dtype) for piece in np.split(frames, cuts, axis=1))
+    if not cuts:
+        return tokenizer.encode(next(pieces)).float()
+    return torch.cat([features.float() for features in tokenizer.encode_stream(pieces)], 2)
+
+
 def encode_frames(tokenizer: VideoTokenizer, frames: np.ndarray, rounds: int) -> list[torch.Tensor]:
     """Bits of each clip, uint8 [t, h, w, rounds * latent_channels] on the CPU, of uint8 frames [B, T, H, W, 3]."""
-    parameter = next(tokenizer.parameters())
-    video = to_video(frames).to(parameter.device, parameter.dtype)
-    if video.shape[2] <= WHOLE_CLIP_FRAMES:
-        features = tokenizer.encode(video)
-    else:
-        features = tokenizer.encode_chunked(video, PIECE_GROUPS)
-    return list(to_token_major(quantize_bits(features.float(), rounds)).cpu().unbind())
+    return list(to_token_major(quantize_bits(encode_features(tokenizer, frames), rounds)).cpu().unbind())
 
 
 def psnr(frames: np.ndarray, truth: np.ndarray) -> float:

@@ -13,7 +13,7 @@ from grn_scale.batch import Draw, Sample
 from grn_scale.config.schema import Config
 from grn_scale.data.ledger import record_step
 from grn_scale.data.loader import PackLoader, StepData
-from grn_scale.data.plan import DataState
+from grn_scale.data.state import DataState
 from grn_scale.errors import DoNotRequeue
 from grn_scale.model.loss import noise_bin_means
 from grn_scale.model.pack import PackedBatch
@@ -43,8 +43,8 @@ class Run:
     config: Config
     engine: TrainEngine
     loader: PackLoader
-    assemble: Callable[[Sequence[Sample], dict[int, float]], PackedBatch]
-    """Samples of a pack and the step's loss weights -> the batch on the device."""
+    assemble: Callable[[Sequence[Sequence[Sample]], dict[int, float]], list[PackedBatch]]
+    """Samples of each pack and the step's loss weights -> the batches on the device."""
     validation: Sequence[PackedBatch]
     """This rank's held-out packs, corrupted once and for all; empty without validation."""
     bad_samples: BadSamples
@@ -70,7 +70,7 @@ def train(run: Run, position: Position) -> None:
 
         begin = time.perf_counter()
         data = next(run.loader)
-        batches = [run.assemble(pack.samples, data.weights) for pack in data.micro_batches]
+        batches = run.assemble([pack.samples for pack in data.micro_batches], data.weights)
         data_wait = time.perf_counter() - begin
 
         rate = learning_rate(position.step, run.config.optimizer.lr, run.config.schedule, settings.steps)
@@ -79,7 +79,7 @@ def train(run: Run, position: Position) -> None:
         position = Position(position.step + 1, position.samples_seen + samples, data.state_after)
 
         if run.ledger:
-            record_step(run.ledger, position.step, data.packs)
+            record_step(run.ledger, position.step, data.packs, data.state_after.snapshot)
         row = metrics_row(run, data, result, rate, data_wait, time.perf_counter() - begin)
         run.metrics.write(position.step, row)
         run.progress.step(position.step, row)

@@ -17,8 +17,8 @@ import torch
 
 from grn_scale.checkpoint import load_weights
 from grn_scale.cli import main
-from grn_scale.data.plan import held_out
-from grn_scale.data.shards import Dataset
+from grn_scale.data.dataset import Dataset
+from grn_scale.data.split import held_out
 from grn_scale.train.metrics import read_metrics
 from tests.helpers.jobs import ENVIRONMENT, command, grn_scale, train_arguments, write_dataset
 

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from grn_scale.data.shards import Dataset
+from grn_scale.data.dataset import Dataset
 from grn_scale.data_pipeline import verify
 from grn_scale.errors import ConfigError, UserError
 from tests.helpers.clips import write_manifest, write_tokenizer

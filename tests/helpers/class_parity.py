@@ -37,7 +37,7 @@ def class_batches_of_step(step: int, config: ClassConfig, chosen: Sequence[int],
         batches.append([])
         for _ in range(0 if empty and number % 2 else int(rng.integers(2, 6))):
             side = config.model.grid
-            draw = Draw(index, f"k{index}", index, (1, side, side), 1.0, "T2I", "", 1)
+            draw = Draw(index, f"k{index}", index, (1, side, side), 1.0, "T2I", -1, 1)
             bits = rng.integers(0, 256, config.model.tokens * config.model.bits_per_token // 8, dtype=np.uint8)
             batches[-1].append(Sample(draw, bits, torch.zeros(1, 4)))
             index += 1

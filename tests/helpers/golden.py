@@ -93,7 +93,7 @@ class GoldenCase:
         draws = []
         for i, s in enumerate(self.samples):
             task = "I2V" if s["first_frame_condition"] else "T2I" if s["thw"][0] == 1 else "T2V"
-            draws.append(Draw(i, f"s{i}", i, tuple(s["thw"]), s["ratio_key"], task, "", s["text_len"]))
+            draws.append(Draw(i, f"s{i}", i, tuple(s["thw"]), s["ratio_key"], task, -1, s["text_len"]))
         return Pack(0, 0, tuple(draws))
 
     @property

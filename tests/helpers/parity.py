@@ -62,7 +62,7 @@ def packs_of_step(step: int, config: Config, empty: bool = False) -> tuple[list[
             t = int(rng.integers(1, 4))
             task = "T2I" if t == 1 else str(rng.choice(["T2V", "I2V"]))
             draw = Draw(index, f"k{index}", index, (t, int(rng.integers(2, 4)), int(rng.integers(2, 4))), 1.0, task,
-                        "", int(rng.integers(1, 8)))
+                        -1, int(rng.integers(1, 8)))
             if tokens + draw.tokens > BUDGET:
                 break
             bits = rng.integers(0, 256, draw.visual_tokens * config.model.bits_per_token // 8, dtype=np.uint8)

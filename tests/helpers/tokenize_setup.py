@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from grn_scale.data.shards import Dataset
+from grn_scale.data.dataset import Dataset
 from grn_scale.data_pipeline import tokenize_clips
 from tests.helpers.clips import caption, write_clip, write_manifest, write_text_encoder, write_tokenizer
 
@@ -14,10 +14,10 @@ CLIPS = 8
 class TokenizeSetup:
     """Clips, manifest, tokenizer and text encoder in one folder, and the command over them."""
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, clips: int = CLIPS):
         self.root = root
-        self.lines = [{"path": f"clips/{i}.mp4", "caption": caption(i)} for i in range(CLIPS)]
-        for i in range(CLIPS):
+        self.lines = [{"path": f"clips/{i}.mp4", "caption": caption(i)} for i in range(clips)]
+        for i in range(clips):
             # Two shapes, so that batches of one bucket are interleaved in the manifest.
             write_clip(root / f"clips/{i}.mp4", i, frames=9, width=64 if i % 3 == 2 else 32)
         self.tokenizer = write_tokenizer(root / "tokenizer.safetensors")
@@ -38,9 +38,11 @@ class TokenizeSetup:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """All that belongs to the dataset: not the status, the lock and the configuration (which names the folder)."""
+    """All that belongs to the dataset, and the records of its chunks: not the status, the configuration (which names the
+    folder) and the cut of the manifest (which has its time)."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.name not in ("status.json", "lock", "config.yaml")}
+            if path.is_file() and path.name not in ("status.json", "config.yaml", "manifest.json")
+            and path.parent.name != "workers"}
 
 
 def stamps(folder: Path, pattern: str) -> dict[str, int]:

@@ -38,6 +38,10 @@ def test_data_benchmark_reads_a_dataset_it_has_written():
         assert results[reading]["samples_per_second"]["repeats"] == 2
         assert results[reading]["megabytes_per_second"]["median"] > 0
     assert results["pack_loader"]["tokens_per_second"]["median"] > 0
+    for form, samples, size in (("image", 40, 8192), ("clip", 1, 1048320)):
+        formats = results["formats"][form]
+        assert (formats["samples"], formats["bytes_a_sample"]) == (samples, size)
+        assert formats["times_npz"]["median"] > 0 and formats["share_of_sequential"]["repeats"] == 2
 
 
 def test_tokenize_benchmark_measures_decoding_and_encoding_apart(tmp_path):

@@ -10,9 +10,9 @@ from grn_scale.data.schema import DatasetInfo, TextRef
 from grn_scale.errors import ConfigError, UserError
 
 DATASET = DatasetInfo(
-    format_version=1, tokenizer_fingerprint="t", latent_channels=16, rounds=4, text_fingerprint="e",
-    text_hidden_size=64, task_tags=True, empty_text=TextRef("k", 2), fps=8.0, samples=10, tokens=100, video_shards=(),
-    text_shards=(), snapshot="s")
+    format_version=2, tokenizer_fingerprint="t", latent_channels=16, rounds=4, text_fingerprint="e",
+    text_hidden_size=64, text_states="bf16", task_tags=True, empty_text=TextRef("k", 2, "text-000000.tar"), fps=8.0,
+    samples=10, tokens=100, video_shards=(), text_shards=(), snapshot="s")
 
 
 def tiny(*overrides):

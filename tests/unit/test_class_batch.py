@@ -24,7 +24,7 @@ CONFIGS = {form: dataclasses.replace(SMALL, label_form=form) for form in ("bit",
 
 
 def sample(index: int, valid: bool = True, side: int = 3) -> Sample:
-    draw = Draw(index, f"k{index}", index, (1, side, side), 1.0, "T2I", "", 1)
+    draw = Draw(index, f"k{index}", index, (1, side, side), 1.0, "T2I", -1, 1)
     bits = np.random.default_rng(index).integers(0, 256, 7, dtype=np.uint8)
     return Sample(draw, bits, torch.zeros(1, 4), valid)
 

@@ -119,7 +119,7 @@ def test_a_batch_holds_true_targets_and_the_noise_level_of_its_layout(layout: st
         bits = hbq.quantize_bits(features, 3)[0]
         labels = bits if form == "bit" else hbq.quantize_index(features, 3)[0]
         truth.append(hbq.to_token_major(labels)[int(task == "I2V"):].flatten(0, 2))
-        draw = batch.Draw(index, "k", 0, thw, 1.0, task, "", 2)
+        draw = batch.Draw(index, "k", 0, thw, 1.0, task, -1, 2)
         packed = torch.frombuffer(bytearray(hbq.pack_bits(hbq.to_token_major(bits))), dtype=torch.uint8).numpy()
         samples.append(batch.Sample(draw, packed, torch.zeros(2, 4), valid=index != 2))
     weights = {0: 0.2, 1: 0.5, 2: 0.3}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 from dataclasses import replace
 
@@ -13,59 +14,32 @@ import torch
 
 from grn_scale.batch import Pack
 from grn_scale.data import loader as loader_module
-from grn_scale.data.index_parts import part_path, snapshot_of, write_text_part, write_video_part
+from grn_scale.data.dataset import Dataset
 from grn_scale.data.ledger import check_epoch, read_steps, record_step
 from grn_scale.data.loader import PackLoader, read_pack
 from grn_scale.data.packing import Cost
-from grn_scale.data.plan import Plan, held_out
-from grn_scale.data.schema import Caption, DatasetInfo, IndexRow, TextRef
-from grn_scale.data.shards import Dataset, write_dataset_info, write_shard
+from grn_scale.data.plan import Plan
+from grn_scale.data.split import held_out
+from grn_scale.data.window import EMPTY_CAPTION
 from grn_scale.data_pipeline import index as index_command
 from grn_scale.errors import ConfigError, UserError
+from tests.helpers.token_dataset import bits_of, states_of, write_tokens
 
-CHANNELS, ROUNDS, HIDDEN = 4, 2, 6
 COST = Cost(linear=100, quadratic=1)
-SHARDS, SAMPLES = 3, 16
+SHARDS = 3
 
 
-def bits_of(number: int, thw: tuple[int, int, int]) -> np.ndarray:
-    count = thw[0] * thw[1] * thw[2] * CHANNELS * ROUNDS
-    return np.packbits(np.random.default_rng(number).integers(0, 2, count, dtype=np.uint8))
-
-
-def states_of(number: int, tokens: int) -> torch.Tensor:
-    return torch.full((tokens, HIDDEN), number, dtype=torch.bfloat16)
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokens")
+    write_tokens(folder, range(SHARDS))
+    return folder
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(written, tmp_path):
     """A dataset of 3 shards with 16 clips or images each and one caption a clip."""
-    (tmp_path / "index").mkdir()
-    names, video_infos, text_rows, first = [], [], [], None
-    with write_shard(tmp_path / "text-000000.tar") as texts:
-        empty = TextRef("empty", 1)
-        text_rows.append(texts.add_text(empty.key, [1], states_of(0, 1)))
-        for shard in range(SHARDS):
-            name = f"video-{shard:06d}.tar"
-            names.append(name)
-            rows = []
-            with write_shard(tmp_path / name) as videos:
-                for number in range(shard * SAMPLES, (shard + 1) * SAMPLES):
-                    thw = ((1, 3, 5)[number % 3], 4, 2 + 2 * (number % 2))
-                    payload = videos.add_video(f"clip{number:03d}", bits_of(number, thw).tobytes(), {"id": number})
-                    text = TextRef(f"text{number:03d}", 1 + number % 5)
-                    text_rows.append(texts.add_text(text.key, [2] * text.tokens, states_of(number, text.tokens)))
-                    first = first or thw
-                    caption = Caption("long", {task: text for task in ("T2I", "T2V", "I2V")})
-                    rows.append(IndexRow(shard, number, f"clip{number:03d}", payload.offset, payload.length,
-                                         payload.xxh3, thw, 1.0, (caption,)))
-            video_infos.append(videos.info)
-            write_video_part(part_path(tmp_path, name), rows)
-    write_text_part(part_path(tmp_path, "text-000000.tar"), text_rows)
-    write_dataset_info(tmp_path, DatasetInfo(
-        1, "tokenizer", CHANNELS, ROUNDS, "text", HIDDEN, False, empty, 16.0, SHARDS * SAMPLES, 0,
-        tuple(video_infos), (texts.info,), snapshot_of(tmp_path, [*names, "text-000000.tar"])))
-    return tmp_path
+    return shutil.copytree(written, tmp_path / "tokens")
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +56,7 @@ def plan_of(dataset, **changes) -> Plan:
 def open_loader(dataset, plan=None, state=None, **changes) -> PackLoader:
     plan = plan or plan_of(dataset)
     settings = dict(packs_per_step=4, cost=COST, gamma=0.5)
-    return PackLoader(dataset, plan, state or plan.start(), **{**settings, **changes})
+    return PackLoader(plan, state or plan.start(), **{**settings, **changes})
 
 
 def take(dataset, count, **changes):
@@ -100,6 +74,12 @@ def damage(folder, key: str) -> None:
     path.write_bytes(data)
 
 
+def test_a_draw_carries_the_class_of_its_sample(folder):
+    dataset = Dataset.open(folder)
+    draws = [draw for p in plan_of(dataset).next_step(plan_of(dataset).start(), 4)[0] for draw in p.draws]
+    assert [draw.class_id for draw in draws] == [dataset.locate(draw.row).class_id for draw in draws]
+
+
 def test_a_step_holds_the_planned_draws_with_their_own_bytes(folder):
     dataset = Dataset.open(folder)
     plan = plan_of(dataset)
@@ -112,7 +92,7 @@ def test_a_step_holds_the_planned_draws_with_their_own_bytes(folder):
             number = int(sample.draw.key[4:])
             assert sample.valid
             np.testing.assert_array_equal(sample.bits, bits_of(number, sample.draw.thw))
-            expected = 0 if sample.draw.text_key == "empty" else number
+            expected = 0 if sample.draw.caption == EMPTY_CAPTION else number
             assert torch.equal(sample.text_states, states_of(expected, sample.draw.text_tokens))
     assert step.weights.keys() == {d.index for p in step.packs for d in p.draws}
     assert sum(step.weights.values()) == pytest.approx(1)
@@ -215,6 +195,21 @@ def test_a_read_that_fails_three_times_enters_the_skip_list_and_is_not_read_agai
     assert again.bad == [] and dataset.failures[key] == 0
 
 
+def test_a_dataset_without_text_states_gives_token_ids(tmp_path):
+    write_tokens(tmp_path, range(1), kind="none")
+    dataset = Dataset.open(tmp_path)
+    packs, _ = plan_of(dataset).next_step(plan_of(dataset).start(), 2)
+    key = packs[0].draws[0].key
+    for pack in packs:
+        for sample in read_pack(dataset, pack, skip=[key]):
+            skipped = sample.draw.key == key
+            assert sample.text_states is None and sample.valid != skipped
+            assert sample.text_ids == (0 if skipped else 2,) * sample.draw.text_tokens
+    longer = replace(packs[0].draws[0], text_tokens=9)
+    (sample,) = read_pack(dataset, Pack(0, 0, (longer,)), on_bad=(found := []).append)
+    assert not sample.valid and "token ids, but the index says 9" in found[0].reason
+
+
 def test_bytes_of_another_shape_than_the_index_are_corrupt(folder):
     dataset = Dataset.open(folder)
     pack = plan_of(dataset).next_step(plan_of(dataset).start(), 1)[0][0]
@@ -232,8 +227,8 @@ def threads_of_loaders() -> list[str]:
 
 def test_errors_of_the_reading_thread_reach_the_consumer_and_close_the_loader(folder):
     class Broken(Dataset):
-        def read_text(self, key):
-            raise UserError(f"no text entry {key}")
+        def read_text(self, ref):
+            raise UserError(f"no text entry {ref.key}")
 
     steps = open_loader(Broken.open(folder))
     with pytest.raises(UserError, match="no text entry"):
@@ -253,8 +248,9 @@ def test_close_stops_the_threads_while_steps_wait(folder):
 
 
 def test_a_step_that_does_not_divide_by_the_ranks_is_refused(folder):
-    for settings in ({"packs_per_step": 7, "dp_size": 4}, {"dp_rank": 1}):
-        with pytest.raises(ValueError, match="cannot be cut for rank"):
+    for settings, message in (({"packs_per_step": 7, "dp_size": 4}, "7 packs cannot be cut for 4 ranks"),
+                              ({"dp_rank": 1}, "no rank 1 of 1")):
+        with pytest.raises(ValueError, match=message):
             open_loader(Dataset.open(folder), **settings)
 
 
@@ -276,12 +272,12 @@ def test_a_state_of_another_snapshot_is_refused_before_anything_is_read(folder):
 def test_the_ledger_proves_exactly_once_over_a_kill_and_a_resume_at_another_size(folder, tmp_path):
     dataset, path = Dataset.open(folder), tmp_path / "ledger.jsonl"
     plan = plan_of(dataset)
-    expected = [row.key for s in range(SHARDS) for row in dataset.rows(s) if not held_out(row.key, 0.1)]
+    expected = {(0, row.key): 1 for s in range(SHARDS) for row in dataset.rows(s) if not held_out(row.key, 0.1)}
 
     def run(state, step, until, packs_per_step):
         with open_loader(dataset, plan, state, packs_per_step=packs_per_step) as steps:
             for data in steps:
-                record_step(path, step, data.packs)
+                record_step(path, step, data.packs, data.state_after.snapshot)
                 state, step = data.state_after, step + 1
                 if until(state, step):
                     return state, step
@@ -291,14 +287,15 @@ def test_the_ledger_proves_exactly_once_over_a_kill_and_a_resume_at_another_size
     assert not check_epoch(read_steps(path), 0, expected).exact
     run(state, step, lambda state, step: state.epoch == 1, 4)
     report = check_epoch(read_steps(path), 0, expected)
-    assert report.exact and report.samples == plan.samples
-    report = check_epoch(read_steps(path), 0, [*expected[1:], "stranger"])
-    assert (report.missing, report.repeated) == (("stranger",), (expected[0],))
+    assert report.exact and report.expected == plan.visits_in_epoch(0)
+    first, *others = expected
+    report = check_epoch(read_steps(path), 0, dict.fromkeys([*others, (0, "stranger")], 1))
+    assert (report.missing, report.repeated) == (((0, "stranger"),), (first,))
 
 
 def test_a_line_that_is_no_ledger_line_is_named(tmp_path):
     path = tmp_path / "ledger.jsonl"
-    record_step(path, 0, [Pack(0, 0, ())])
+    record_step(path, 0, [Pack(0, 0, ())], "snapshot")
     with open(path, "a", encoding="utf-8") as file:
         file.write('{"step": 1}\n')
     with pytest.raises(UserError, match="ledger.jsonl:2: not a line of a ledger"):
@@ -345,5 +342,5 @@ def test_index_plan_refuses_what_cannot_be_planned(folder, extra, message):
 
 
 def test_index_plan_asks_for_a_dataset():
-    with pytest.raises(ConfigError, match="no dataset: give --dataset"):
+    with pytest.raises(ConfigError, match="no dataset is set: give data.dataset=DIR"):
         index_command.main(["plan"])

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
 
 from grn_scale.command_line import run
-from grn_scale.data.manifest import Clip, ManifestError, load_manifest, read_manifest
+from grn_scale.data.manifest import MOST_LINE_BYTES, Clip, ManifestError, load_manifest, read_manifest
 from grn_scale.data_pipeline import manifest as command
+from grn_scale.data_pipeline.manifest_validate import validate
+from grn_scale.data_pipeline.seen_ids import LEAST_WAITING, PART_BITS, SeenIds
 from grn_scale.errors import UserError
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
 
 
 def write(folder: Path, *lines: dict | str, name: str = "clips.jsonl") -> Path:
@@ -48,6 +61,32 @@ def test_official_image_captions_fall_back_to_text(tmp_path):
     assert [clip.captions for clip in read_manifest(path)] == [(("long", "long words"),), (("s", "short"),)]
 
 
+def test_a_path_behind_a_tar_names_a_member_letter_by_letter(tmp_path):
+    inside, above, absolute, plain = load_manifest(write(
+        tmp_path, {"path": "s/a.tar/./x.tar/1.mp4", "caption": "x"}, {"path": "a.TAR/../1.mp4", "caption": "x"},
+        {"path": "/data/a.tar//1.mp4", "caption": "x"}, {"path": "a.tar.mp4", "caption": "x"}))
+    assert (inside.path, inside.member, inside.id) == (tmp_path / "s/a.tar", "./x.tar/1.mp4", "s/a.tar/./x.tar/1.mp4")
+    assert (above.path, above.member) == (tmp_path / "a.TAR", "../1.mp4")
+    assert (absolute.path, absolute.member) == (Path("/data/a.tar"), "/1.mp4")
+    assert (plain.path, plain.member) == (tmp_path / "a.tar.mp4", None)
+
+
+def test_a_flipped_clip_is_another_one(tmp_path):
+    plain, flipped, named = load_manifest(write(
+        tmp_path, {"path": "a.png", "class_id": 1, "flip": False}, {"path": "a.png", "class_id": 1, "flip": True},
+        {"path": "a.png", "class_id": 1, "flip": True, "id": "mirror", "duration": 2.5}))
+    assert [(clip.flip, clip.id) for clip in (plain, flipped, named)] == [
+        (False, "a.png"), (True, "a.png#flip"), (True, "mirror")]
+    assert named.duration == 2.5
+
+
+def test_a_missing_caption_is_an_error_unless_allowed(tmp_path):
+    path = write(tmp_path, {"path": "a.mp4", "caption": " "})
+    with pytest.raises(ManifestError, match="allow_empty_captions"):
+        load_manifest(path)
+    assert load_manifest(path, allow_empty_captions=True)[0].captions == ()
+
+
 def test_a_class_replaces_the_caption(tmp_path):
     clip, = load_manifest(write(tmp_path, {"path": "a.mp4", "class_id": 0}))
     assert clip.captions == () and clip.class_id == 0
@@ -67,6 +106,15 @@ def test_a_class_replaces_the_caption(tmp_path):
     ({"path": "a.mp4", "caption": "x", "begin_frame": -1}, "bad_value", "at least 0"),
     ({"path": "a.mp4", "caption": "x", "fps": 0}, "bad_value", "greater than 0"),
     ({"path": "a.mp4", "caption": "x", "width": "640"}, "bad_value", "whole number"),
+    ({"path": "a.mp4", "caption": "x", "class_id": 1 << 31}, "bad_value", "below 2"),
+    ({"path": "a.mp4", "caption": "x", "fps": 1e400}, "bad_value", "below"),
+    ({"path": "a.mp4", "caption": "x", "flip": 1}, "bad_type", "true or false"),
+    ({"path": ["a.mp4"], "caption": "x"}, "bad_type", "path is"),
+    ({"path": "a\0.mp4", "caption": "x"}, "bad_value", "NUL"),
+    ({"path": "a.mp4", "caption": "\ud800"}, "bad_value", "surrogate"),
+    ({"path": "a.mp4", "caption": [{"type": 1, "content": "x"}]}, "bad_type", "type of a caption"),
+    ({"path": "s3://bucket/a.mp4", "caption": "x"}, "url", "URLs are not read"),
+    ({"path": "shards/a.tar", "caption": "x"}, "no_member", "MEMBER"),
 ])
 def test_a_bad_line_is_named_with_its_number_and_reason(tmp_path, line, reason, message):
     path = write(tmp_path, {"path": "ok.mp4", "caption": "fine"}, line)
@@ -103,7 +151,7 @@ def test_validate_counts_all_errors_and_tells_the_first(tmp_path, capsys):
     (tmp_path / "a.mp4").write_bytes(b"x")
     path = write(tmp_path, {"path": "a.mp4", "caption": "x", "captoin": "y"}, "{", {"path": "a.mp4"},
                  {"path": "gone.mp4", "caption": "x"}, {"path": "a.mp4", "caption": "again"})
-    result = command.validate(path, max_errors=2)
+    result = validate(path, max_errors=2)
     assert result.clips == 1 and result.bad_lines == 4 and len(result.errors) == 2
     assert result.reasons == {"not_json": 1, "no_caption": 1, "missing_file": 1, "duplicate_id": 1}
     assert result.ignored_fields == {"captoin": 1}
@@ -121,21 +169,40 @@ def test_validate_succeeds_on_a_good_manifest(tmp_path, capsys):
     assert "1 clips usable, 0 bad lines" in capsys.readouterr().out
 
 
-def test_stats_count_durations_sizes_and_captions(tmp_path, capsys):
-    path = write(tmp_path, {"path": "a.mp4", "caption": "one two", "begin_frame": 8, "end_frame": 24, "fps": 8,
-                            "width": 848, "height": 480},
-                 {"path": "a.mp4", "id": "2", "caption": [{"type": "long", "content": "one two three four"}]})
-    assert run(command.main, ["stats", str(path), "--json"]) == 0
-    values = json.loads(capsys.readouterr().out)
-    assert (values["clips"], values["files"]) == (2, 1)
-    assert values["seconds"] == {"count": 1, "sum": 2.0, "min": 2.0, "median": 2.0, "max": 2.0}
-    assert values["sizes"] == {"848x480": 1} and values["ratio_keys"] == {"0.562": 1}
-    assert values["captions"] == {"untyped": 1, "long": 1} and values["caption_words"]["max"] == 4
-    assert run(command.main, ["stats", str(path)]) == 0
-    assert "clips          2" in capsys.readouterr().out
+def test_validate_takes_a_bad_line_for_what_it_is_and_goes_on(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"x")
+    path = tmp_path / "clips.jsonl"
+    path.write_bytes(b'{"path": "a.mp4", "caption": "x"}\r\n\xff\xfe\r\n' + b"[" * 100_000 + b"\n"
+                     + b" " * (MOST_LINE_BYTES + 1) + b'{"path": "a.mp4", "caption": "x", "id": "2"}\n'
+                     + b'{"path": "a.mp4", "caption": "x", "width": ' + b"9" * 5000 + b"}\n"
+                     + json.dumps({"path": "n" * 5000, "caption": "x"}).encode())
+    result = validate(path)
+    assert result.clips == 1
+    assert result.reasons == {"not_utf8": 1, "not_json": 2, "too_long": 1, "unreadable": 1}
+
+
+def test_validate_looks_into_tars(tmp_path):
+    write_tar(tmp_path / "a.tar", {"x/1.mp4": b"1", "../2.mp4": b"2"})
+    (tmp_path / "cut.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:700])
+    (tmp_path / "folder.tar").mkdir()
+    (tmp_path / "folder.tar" / "1.mp4").write_bytes(b"1")
+    names = ("a.tar/x/1.mp4", "a.tar/../2.mp4", "a.tar/1.mp4", "cut.tar/other.mp4", "folder.tar/1.mp4", "no.tar/1.mp4")
+    result = validate(write(tmp_path, *({"path": name, "caption": "x"} for name in names)))
+    assert result.clips == 2
+    assert result.reasons == {"missing_member": 1, "bad_tar": 1, "missing_file": 2}
+    assert "a.tar has no file '1.mp4'" in result.errors[0] and "is a folder" in result.errors[2]
+
+
+def test_validate_finds_an_id_again_however_far_apart(tmp_path):
+    seen = SeenIds()
+    count = (LEAST_WAITING * 4) << PART_BITS >> 4
+    assert all(seen.first_line(f"clip {i}", i + 1) == i + 1 for i in range(count))
+    assert [seen.first_line(f"clip {i}", count + 9) for i in (0, 77, count - 1)] == [1, 78, count]
 
 
 def test_wrong_usage_and_a_missing_file_have_their_exit_codes(tmp_path, capsys):
     assert run(command.main, ["check", "x"]) == 2
-    assert run(command.main, ["stats", str(tmp_path / "none.jsonl")]) == 1
+    assert run(command.main, ["validate", str(tmp_path / "none.jsonl")]) == 1
     assert "cannot read the manifest" in capsys.readouterr().err
+    assert run(command.main, ["--help"]) == 0
+    assert "grn-scale manifest import --from csv" in capsys.readouterr().out

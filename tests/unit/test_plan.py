@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -9,11 +10,16 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from grn_scale.config.data_schema import DataConfig
-from grn_scale.data.plan import FIRST_VALIDATION_DRAW, DataState, Plan, held_out, sample_weights
-from grn_scale.errors import ConfigError
+from grn_scale.data.plan import DRAWS_OF_AN_EPOCH, FIRST_VALIDATION_DRAW, Plan, sample_weights
+from grn_scale.data.split import held_out
+from grn_scale.data.state import DataState
+from grn_scale.data.window import EMPTY_CAPTION
+from grn_scale.errors import ConfigError, UserError
+from grn_scale.keyed import hash64, key64, uniforms
 from tests.helpers.memory_index import EMPTY_TEXT, MemoryIndex, make_index, make_row
 
 SETTINGS = dict(seed=7, token_budget=1024, caption_drop=0.2, i2v_share=0.5, window_shards=2, validation_fraction=0.1)
@@ -55,7 +61,7 @@ def test_an_epoch_takes_every_training_sample_once_and_no_other():
     for epoch in (0, 1):
         keys = [draw.key for draw in draws_of(epoch_packs(plan, epoch))]
         assert sorted(keys) == sorted(key for key in index.keys if not held_out(key, 0.1))
-        assert len(keys) == plan.samples
+        assert len(keys) == plan.visits_in_epoch(epoch)
 
 
 def test_packs_hold_the_budget_and_count_their_positions():
@@ -120,13 +126,33 @@ def test_epochs_and_seeds_have_orders_of_their_own():
     assert orders[0] != orders[1] != orders[2] != orders[0]
 
 
+@pytest.mark.parametrize(("key", "counter"), [(0, 0), (1, 2**64 - 1), (key64(7, "task"), 12345), (2**64 - 1, 2**40)])
+def test_hashes_of_arrays_are_those_of_exact_integers(key, counter):
+    def mix(x):
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+        return x ^ (x >> 31)
+
+    expected = mix((mix(counter ^ key) + key * 0x9E3779B97F4A7C15 + 1) % 2**64)
+    counters = np.array([counter, 3], np.uint64)
+    assert hash64(key, counters)[0] == expected
+    assert uniforms(key, counters)[0] == (expected >> 11) / 2**53
+
+
+def test_hashes_fill_the_unit_interval_evenly_and_keys_have_nothing_in_common():
+    numbers = [uniforms(key64("test", purpose), np.arange(100_000)) for purpose in range(2)]
+    for u in numbers:
+        counts = np.histogram(u, bins=100, range=(0, 1))[0]
+        assert ((counts - 1000) ** 2 / 1000).sum() < 150  # chi-squared of 99 degrees of freedom: 148.2 at 0.1 %
+    assert abs(np.corrcoef(*numbers)[0, 1]) < 0.02
+
+
 def test_draw_indices_are_unique_over_epochs_and_splits():
     plan, held = make_plan(), make_plan(split="validation")
     draws = draws_of(epoch_packs(plan, 0) + epoch_packs(plan, 1) + epoch_packs(plan, 2) + epoch_packs(held))
     indices = [draw.index for draw in draws]
     assert len(set(indices)) == len(indices)
-    total = len(make_index().keys)
-    assert all(total <= draw.index < 2 * total for draw in draws_of(epoch_packs(plan, 1)))
+    assert all(DRAWS_OF_AN_EPOCH <= d.index < 2 * DRAWS_OF_AN_EPOCH for d in draws_of(epoch_packs(plan, 1)))
 
 
 def test_identical_in_another_process_with_another_hash_seed():
@@ -144,11 +170,13 @@ def test_order_of_the_rows_in_a_shard_does_not_matter_to_what_is_drawn_together(
     # The window is shuffled by the samples' keys, so only membership counts.
     index = make_index()
     reordered = MemoryIndex(tuple(tuple(reversed(shard)) for shard in index.shards))
-    assert epoch_packs(make_plan(index)) == epoch_packs(make_plan(reordered))
+    choices = [[[(d.index, d.key, d.task, d.caption) for d in sorted(p.draws, key=lambda d: d.index)]
+                for p in epoch_packs(make_plan(each))] for each in (index, reordered)]
+    assert choices[0] == choices[1]
 
 
 def test_tasks_follow_length_and_share():
-    by_key = {row.key: row for shard in make_index().shards for row in shard}
+    by_key = make_index().rows
     draws = draws_of(epoch_packs(make_plan()))
     assert all((draw.task == "T2I") == (by_key[draw.key].thw[0] == 1) for draw in draws)
     videos = [draw for draw in draws if draw.task != "T2I"]
@@ -159,32 +187,30 @@ def test_tasks_follow_length_and_share():
 
 
 def test_lengths_are_those_of_the_text_really_drawn():
-    by_key = {row.key: row for shard in make_index().shards for row in shard}
+    by_key = make_index().rows
     dropped = 0
     choices = set()
     for draw in draws_of(epoch_packs(make_plan())):
-        if draw.text_key == EMPTY_TEXT.key:
+        if draw.caption == EMPTY_CAPTION:
             dropped += 1
-            assert draw.text_tokens == 1
+            assert draw.text_tokens == EMPTY_TEXT.tokens
             continue
-        texts = [caption.texts[draw.task] for caption in by_key[draw.key].captions]
-        choice = [text.key for text in texts].index(draw.text_key)
-        choices.add(choice)
-        assert draw.text_tokens == texts[choice].tokens
-    assert 0.1 < dropped / make_plan().samples < 0.3 and choices == {0, 1, 2}
+        choices.add(draw.caption)
+        assert draw.text_tokens == by_key[draw.key].captions[draw.caption].texts[draw.task].tokens
+    assert 0.1 < dropped / make_plan().visits_in_epoch(0) < 0.3 and choices == {0, 1, 2}
 
 
 def test_sample_without_captions_is_drawn_with_the_empty_one():
     index = MemoryIndex((tuple(make_row(0, n, (1, 4, 4), ()) for n in range(5)),))
     plan = make_plan(index, validation_fraction=0.0, caption_drop=0.0)
-    assert {draw.text_key for draw in draws_of(epoch_packs(plan))} == {"empty"}
+    assert {draw.caption for draw in draws_of(epoch_packs(plan))} == {EMPTY_CAPTION}
 
 
 def test_validation_draws_never_change_and_are_never_dropped():
     plan = make_plan(split="validation")
     first, later = draws_of(epoch_packs(plan, 0)), draws_of(epoch_packs(plan, 5))
     assert first == later == draws_of(epoch_packs(make_plan(split="validation", caption_drop=0.9)))
-    assert all(draw.text_key != EMPTY_TEXT.key and draw.index >= FIRST_VALIDATION_DRAW for draw in first)
+    assert all(draw.caption != EMPTY_CAPTION and draw.index >= FIRST_VALIDATION_DRAW for draw in first)
     assert sorted(draw.key for draw in first) == sorted(key for key in make_index().keys if held_out(key, 0.1))
 
 
@@ -195,21 +221,47 @@ def test_validation_split_is_stable_when_the_dataset_or_the_fraction_grows():
     assert split < {key for key in large.keys if held_out(key, 0.3)}
 
 
-def test_seeking_reads_no_more_than_the_index_and_keeps_few_windows():
-    class Counting(MemoryIndex):
-        reads = 0
+class Counting(MemoryIndex):
+    """Notes the shards whose columns are read."""
 
-        def rows(self, shard):
-            type(self).reads += 1
-            return super().rows(shard)
+    @functools.cached_property
+    def reads(self) -> list[int]:
+        return []
 
-    plan = make_plan(Counting(make_index().shards))
-    checked = Counting.reads
-    state = replace(plan.start(), position=plan.packs_in_epoch(0) - 1)
-    assert Counting.reads - checked == 6
-    plan.next_step(state, 1)
-    assert Counting.reads - checked <= 12
+    def columns(self, shard):
+        self.reads.append(shard)
+        return super().columns(shard)
+
+
+def test_making_a_plan_looks_at_one_part_and_a_resume_at_one_window():
+    index = Counting(make_index(shards=12).shards)
+    plan = make_plan(index)
+    assert len(index.reads) == 1
+    state = plan.state_at(30, 2)
+    assert plan.next_step(state, 1) == make_plan(index).next_step(state, 1)
+    resumed = make_plan(index)
+    index.reads.clear()
+    resumed.next_step(state, 1)
+    assert len(index.reads) == SETTINGS["window_shards"] and state.window >= 2
     assert plan._window.cache_info().maxsize == 2
+
+
+def test_a_state_without_its_window_is_found_by_counting():
+    plan = make_plan()
+    state = plan.state_at(30, 2)
+    packs, after = make_plan().next_step(replace(state, window=0, window_first=0), 3)
+    assert (packs, after) == plan.next_step(state, 3)
+
+
+def test_only_parts_that_may_hold_a_sample_beyond_the_budget_are_read():
+    index = Counting(make_index(shards=12).shards)
+    bounds = [info.longest for info in index.info.video_shards]
+    make_plan(index, token_budget=-(-max(bounds) // 128) * 128)
+    assert len(index.reads) == 1
+    index.reads.clear()
+    with pytest.raises(ConfigError, match="tokens with its longest caption"):
+        make_plan(index, token_budget=128)
+    assert 1 < len(index.reads) < 12
 
 
 def test_weights_are_powers_of_predicted_tokens_over_the_whole_step():
@@ -239,6 +291,14 @@ def test_a_sample_longer_than_the_budget_is_refused_by_name_when_the_plan_is_mad
         make_plan(index, token_budget=512, i2v_share=0.1, validation_fraction=0.0)
     plan = make_plan(index, token_budget=768, validation_fraction=0.0)
     assert len(draws_of(epoch_packs(plan))) == 6
+
+
+def test_a_summary_that_hides_a_long_sample_is_found_out_before_its_pack_is_made():
+    index = make_index(shards=4)
+    shards = tuple(replace(shard, longest=100) for shard in index.info.video_shards)
+    plan = make_plan(replace(index, settings={"video_shards": shards}), token_budget=384)
+    with pytest.raises(UserError, match=r"sample clip\d+ has \d+ tokens, more than data.token_budget = 384, but the "):
+        epoch_packs(plan)
 
 
 def test_a_caption_without_the_task_that_may_be_drawn_is_refused():

@@ -11,9 +11,9 @@ import torch
 
 from grn_scale.errors import UserError
 from grn_scale.evaluation import quality
-from grn_scale.evaluation.quality import compare, encode_clip, frame_ssim, quality_by_round, reconstruct
+from grn_scale.evaluation.quality import compare, frame_ssim, quality_by_round, reconstruct
 from grn_scale.hbq import dequantize_index, quantize_index
-from grn_scale.tokenizer.clips import encode_frames, psnr, to_frames
+from grn_scale.tokenizer.clips import encode_features, encode_frames, psnr, to_frames
 from grn_scale.tokenizer.video import VideoTokenizer, VideoTokenizerShape
 
 ROUNDS = 3
@@ -33,7 +33,7 @@ def noise(frames: int, seed: int = 0, side: int = 32) -> np.ndarray:
 
 def test_each_entry_is_the_clip_decoded_from_the_first_rounds_alone(tokenizer):
     frames = noise(9)
-    features = encode_clip(tokenizer, frames)
+    features = encode_features(tokenizer, frames[None])
     found = quality_by_round(tokenizer, frames, ROUNDS)
     for kept, values in enumerate(found, start=1):
         # m rounds of a longer quantisation are the quantisation of m rounds
@@ -51,11 +51,11 @@ def test_long_clips_go_through_in_pieces_with_the_same_bits_and_pixels(tokenizer
     monkeypatch.setattr(tokenizer, "_decode", lambda x, history: lengths.append(x.shape[2]) or decode(x, history))
     monkeypatch.setattr(quality, "BATCH_CELLS", 4)
     streamed = reconstruct(tokenizer, frames, ROUNDS)
-    assert lengths == [1, 32, 8, *[1] * 11], "pieces, not the clip, go through at once"
+    assert lengths == [33, 8, *[1] * 11], "pieces, not the clip, go through at once"
     bits = encode_frames(tokenizer, frames[None], ROUNDS)[0]
     assert bits.shape[0] == 11
-    whole = to_frames(tokenizer.decode(dequantize_index(quantize_index(encode_clip(tokenizer, frames), ROUNDS),
-                                                        ROUNDS)))[0]
+    labels = quantize_index(encode_features(tokenizer, frames[None]), ROUNDS)
+    whole = to_frames(tokenizer.decode(dequantize_index(labels, ROUNDS)))[0]
     assert np.abs(streamed.astype(int) - whole).max() <= 1
 
 

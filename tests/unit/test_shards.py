@@ -7,67 +7,34 @@ import hashlib
 import json
 import os
 import pickle
-import resource
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import xxhash
 
-from grn_scale.atomic import atomic_file
-from grn_scale.data.index_parts import part_path, snapshot_of, write_text_part, write_video_part
-from grn_scale.data.schema import FORMAT_VERSION, Caption, DatasetInfo, IndexRow, TextRef
-from grn_scale.data.shards import CorruptSample, Dataset, read_dataset_info, write_dataset_info, write_shard
+from grn_scale.batch import TASKS
+from grn_scale.data.columns import key_hashes
+from grn_scale.data.dataset import CorruptSample, Dataset
+from grn_scale.data.dataset_info import read_dataset_info, write_dataset
+from grn_scale.data.index_parts import write_video_part
+from grn_scale.data.schema import Caption, IndexRow, ShardInfo, TextRef
+from grn_scale.data.shard_writer import write_shard
 from grn_scale.errors import UserError
-
-THW, BITS = (2, 2, 3), 8
-
-
-def text_key_of(number: int) -> str:
-    return hashlib.sha256(str(number).encode()).hexdigest()
-
-
-def bits_of(number: int) -> bytes:
-    return np.random.default_rng(number).integers(0, 256, 12 * BITS // 8, dtype=np.uint8).tobytes()
-
-
-def states_of(number: int) -> torch.Tensor:
-    return torch.randn(number % 5 + 1, 4, generator=torch.Generator().manual_seed(number)).bfloat16()
-
-
-def make_dataset(folder, shards=(3, 2), texts=(4, 3)):
-    """A dataset of given samples a shard; clip and text number i have the bytes of bits_of(i) and states_of(i)."""
-    (folder / "index").mkdir(parents=True)
-    video, text = [], []
-    number = 0
-    for shard, count in enumerate(texts):
-        with write_shard(folder / f"text-{shard:06d}.tar") as writer:
-            rows = []
-            for i in range(number, number + count):
-                rows.append(writer.add_text(text_key_of(i), [7] * len(states_of(i)), states_of(i)))
-        write_text_part(part_path(folder, writer.info.name), rows)
-        text.append(writer.info)
-        number += count
-    number = 0
-    for shard, count in enumerate(shards):
-        rows = []
-        with write_shard(folder / f"video-{shard:06d}.tar") as writer:
-            for i in range(number, number + count):
-                payload = writer.add_video(f"clip{i}", bits_of(i), {"id": i, "shape": THW})
-                captions = (Caption("short", {"T2V": TextRef(text_key_of(i), len(states_of(i)))}),)
-                rows.append(IndexRow(shard, i, f"clip{i}", payload.offset, payload.length, payload.xxh3, THW, 0.561,
-                                     captions, i if i % 2 else None))
-        write_video_part(part_path(folder, writer.info.name), rows)
-        video.append(writer.info)
-        number += count
-    names = [shard.name for shard in (*video, *text)]
-    info = DatasetInfo(FORMAT_VERSION, "tokenizer", 4, 2, "text", 4, True, TextRef(text_key_of(0), 1), 16.0,
-                       sum(shards), sum(shards) * 12, tuple(video), tuple(text), snapshot_of(folder, names))
-    write_dataset_info(folder, info)
-    return info
+from tests.helpers.dataset import (
+    THW,
+    bits_of,
+    dataset_of,
+    flip_byte,
+    make_dataset,
+    part_of,
+    states_of,
+    text_key_of,
+    text_of,
+    write_texts,
+)
 
 
 @pytest.fixture
@@ -76,34 +43,66 @@ def folder(tmp_path):
     return tmp_path / "tokens"
 
 
-def flip_byte(path, offset):
-    data = bytearray(path.read_bytes())
-    data[offset] ^= 1
-    path.write_bytes(data)
-
-
 def test_what_was_written_is_read_back(folder):
     dataset = Dataset.open(folder)
     assert dataset.shard_sizes == [3, 2] and dataset.snapshot == dataset.info.snapshot
+    assert (dataset.info.samples, dataset.info.tokens) == (5, 60)
     for number in range(5):
         row = dataset.locate(number)
         assert (row.row, row.key, row.shard) == (number, f"clip{number}", int(number >= 3))
         assert row == dataset.rows(row.shard)[number - (0, 3)[row.shard]]
         assert row.thw == THW and row.ratio_key == 0.561 and row.class_id == (number if number % 2 else None)
-        assert row.captions == (Caption("short", {"T2V": TextRef(text_key_of(number), len(states_of(number)))}),)
+        assert row.captions == (Caption("short", {"T2V": text_of(number)}),)
         assert dataset.read_bits(row).tobytes() == bits_of(number)
     for number in range(7):
-        assert torch.equal(dataset.read_text(text_key_of(number)), states_of(number))
-        assert dataset.text_row(text_key_of(number)).shard == int(number >= 4)
+        assert torch.equal(dataset.read_text(text_of(number)), states_of(number))
+        assert dataset.read_text_ids(text_of(number)) == [number] * len(states_of(number))
     for row in (-1, 5):
         with pytest.raises(IndexError):
             dataset.locate(row)
 
 
+@pytest.mark.parametrize("kind", ["none", "int8"])
+def test_texts_without_states_give_their_ids_and_int8_states_come_back_as_bf16(tmp_path, kind):
+    make_dataset(tmp_path, kind)
+    dataset = Dataset.open(tmp_path)
+    assert dataset.info.text_states == kind and dataset.read_text_ids(text_of(6)) == [6, 6]
+    if kind == "none":
+        with pytest.raises(UserError, match="only its token ids"):
+            dataset.read_text(text_of(1))
+    else:
+        states = dataset.read_text(text_of(6))
+        assert states.dtype == torch.bfloat16
+        torch.testing.assert_close(states, states_of(6), rtol=0.02, atol=0.02)
+
+
+def test_columns_hold_what_the_rows_hold(tmp_path):
+    hexadecimal = "00000000000000ff" + "1234567890abcdef"
+    texts = {task: TextRef("t", 5 + i, "text-000000.tar") for i, task in enumerate(TASKS)}
+    rows = [IndexRow(0, 0, hexadecimal, 0, 8, 1, (3, 4, 5), 0.5, (Caption("", texts), Caption("long", {})), 7),
+            IndexRow(0, 1, "short", 8, 8, 2, (1, 2, 2), 1.0, ()),
+            IndexRow(0, 2, "f" * 32, 16, 8, 3, (1, 2, 2), 1.0, (Caption("", {"T2I": texts["T2V"]}),))]
+    with write_shard(tmp_path / "video-000000.tar") as writer:
+        for row in rows:
+            writer.add_video(row.key, b"", {})
+    text = write_texts(tmp_path, 0, range(1))
+    write_dataset(tmp_path, dataset_of([write_video_part(tmp_path, writer.info, rows)], [text]))
+    columns = Dataset.open(tmp_path).columns(0)
+    assert columns.keys.tolist() == [row.key.encode() for row in rows] and len(columns) == 3
+    assert columns.key_hash.dtype == np.uint64
+    assert columns.key_hash.tolist() == [255, xxhash.xxh3_64_intdigest(b"short"), 2**64 - 1]
+    assert columns.thw.dtype == np.int32 and columns.thw.tolist() == [[3, 4, 5], [1, 2, 2], [1, 2, 2]]
+    assert columns.ratio_key.tolist() == [0.5, 1.0, 1.0] and columns.class_id.tolist() == [7, -1, -1]
+    assert columns.caption_first.tolist() == [0, 2, 2, 3]
+    assert columns.caption_tokens.dtype == np.int32
+    assert columns.caption_tokens.tolist() == [[5, 6, 7], [0, 0, 0], [6, 0, 0]]
+    assert key_hashes(np.zeros(0, "S32")).tolist() == []
+
+
 def test_the_same_samples_give_the_same_bytes(tmp_path):
     assert make_dataset(tmp_path / "a") == make_dataset(tmp_path / "b")
     files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
-    assert len(files) == 9
+    assert len(files) == 10
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in files)
 
 
@@ -123,24 +122,37 @@ def test_plain_webdataset_streams_the_shards(folder):
     assert about["id"] == 1 and about["sha256"] == hashlib.sha256(bits_of(1)).hexdigest() and len(about["xxh3"]) == 16
     texts = list(webdataset.WebDataset(str(folder / "text-000000.tar"), shardshuffle=False))
     assert [sample["__key__"] for sample in texts] == [text_key_of(i) for i in range(4)]
-    assert json.loads(texts[2]["json"]) == {"ids": [7, 7, 7]}
+    assert json.loads(texts[2]["json"]) == {"ids": [2, 2, 2]}
 
 
 def test_only_the_part_of_a_shard_is_read_and_then_kept(folder):
     dataset = Dataset.open(folder)
     dataset.rows(1)
-    part_path(folder, "video-000001.tar").unlink()
+    part_of(folder, "video-000001").unlink()
     assert len(dataset.rows(1)) == 2
-    part_path(folder, "video-000000.tar").unlink()
-    with pytest.raises(UserError, match="video-000000.parquet is missing"):
+    part_of(folder, "video-000000").unlink()
+    with pytest.raises(UserError, match="video-000000-.*parquet is missing"):
         dataset.rows(0)
+
+
+def test_a_text_is_found_in_the_shard_that_its_reference_names(folder):
+    info = read_dataset_info(folder)
+    twice = write_texts(folder, 2, (1, 5))
+    write_dataset(folder, replace(info, text_shards=(*info.text_shards, twice)))
+    dataset = Dataset.open(folder)
+    for ref in (text_of(1), replace(text_of(1), shard="text-000002.tar")):
+        assert torch.equal(dataset.read_text(ref), states_of(1))
+    with pytest.raises(UserError, match="text-000000.tar has no text entry"):
+        dataset.read_text(replace(text_of(5), shard="text-000000.tar"))
+    with pytest.raises(UserError, match="has no text shard 'other.tar'"):
+        dataset.read_text(replace(text_of(5), shard="other.tar"))
 
 
 def test_several_threads_and_a_pickled_copy_read_the_same(folder):
     # our own bytes, of this process: worker processes receive a dataset this way
     dataset = pickle.loads(pickle.dumps(Dataset.open(folder)))
     with ThreadPoolExecutor(8) as pool:
-        states = list(pool.map(lambda i: dataset.read_text(text_key_of(i % 7)), range(200)))
+        states = list(pool.map(lambda i: dataset.read_text(text_of(i % 7)), range(200)))
         bits = list(pool.map(lambda i: dataset.read_bits(dataset.locate(i % 5)).tobytes(), range(200)))
     assert all(torch.equal(state, states_of(i % 7)) for i, state in enumerate(states))
     assert bits == [bits_of(i % 5) for i in range(200)]
@@ -154,10 +166,11 @@ def test_a_flipped_byte_is_a_corrupt_sample_with_shard_and_key(folder):
         dataset.read_bits(row)
     assert (caught.value.shard, caught.value.key) == ("video-000001.tar", "clip4")
     dataset.read_bits(dataset.locate(3))
-    text = dataset.text_row(text_key_of(6))
-    flip_byte(folder / "text-000001.tar", text.states_offset)
-    with pytest.raises(CorruptSample, match="text-000001.tar"):
-        dataset.read_text(text_key_of(6))
+    text = dataset.text_row(text_of(6))
+    for offset, read in ((text.states_offset, dataset.read_text), (text.ids_offset, dataset.read_text_ids)):
+        flip_byte(folder / "text-000001.tar", offset)
+        with pytest.raises(CorruptSample, match="text-000001.tar"):
+            read(text_of(6))
 
 
 def test_a_payload_beyond_the_end_is_a_corrupt_sample(folder):
@@ -168,24 +181,22 @@ def test_a_payload_beyond_the_end_is_a_corrupt_sample(folder):
         dataset.read_bits(row)
 
 
-def test_a_missing_a_truncated_and_a_foreign_dataset_are_refused_by_name(folder, tmp_path):
-    with pytest.raises(UserError, match="has no dataset.json"):
-        Dataset.open(tmp_path)
-    os.truncate(folder / "text-000001.tar", 700)
-    with pytest.raises(UserError, match="text-000001.tar has 700 bytes"):
-        Dataset.open(folder)
-    (folder / "text-000001.tar").unlink()
-    with pytest.raises(UserError, match="text-000001.tar is missing"):
-        Dataset.open(folder)
-    values = json.loads((folder / "dataset.json").read_text())
-    for change, message in (({"format_version": 2}, "format version 2"), ({"surplus": 1}, "is not what"),
-                            ({"video_shards": [{}]}, "is not what")):
-        (folder / "dataset.json").write_text(json.dumps({**values, **change}))
-        with pytest.raises(UserError, match=message):
-            Dataset.open(folder)
-    (folder / "dataset.json").write_text("{")
-    with pytest.raises(UserError, match="cannot be read"):
-        Dataset.open(folder)
+def test_after_a_failed_read_the_file_is_opened_anew(folder, monkeypatch):
+    dataset, row = Dataset.open(folder), Dataset.open(folder).locate(0)
+    dataset.read_bits(row)
+    (folder / "aside.tar").write_bytes((folder / "video-000000.tar").read_bytes())
+    (folder / "aside.tar").replace(folder / "video-000000.tar")  # as a remounted file system: the old handle is stale
+
+    def stale(*arguments):
+        monkeypatch.undo()
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(os, "preadv", stale)
+    with pytest.raises(OSError, match="Stale"):
+        dataset.read_bits(row)
+    flip_byte(folder / "video-000000.tar", row.offset)
+    with pytest.raises(CorruptSample):
+        dataset.read_bits(row)
 
 
 def test_another_tokenizer_is_refused(folder):
@@ -195,66 +206,30 @@ def test_another_tokenizer_is_refused(folder):
         dataset.check_tokenizer("other")
 
 
-def test_an_unknown_text_and_states_that_are_not_cached_are_refused(folder):
-    dataset = Dataset.open(folder)
-    with pytest.raises(UserError, match="no text entry " + "f" * 64):
-        dataset.read_text("f" * 64)
-    rows = [replace(dataset.text_row(text_key_of(i)), states_length=0) for i in range(4)]
-    write_text_part(part_path(folder, "text-000000.tar"), rows)
-    with pytest.raises(UserError, match="only its token ids"):
-        Dataset.open(folder).read_text(text_key_of(1))
-
-
 def test_a_damaged_or_foreign_index_part_is_refused_by_name(folder):
-    part = part_path(folder, "video-000000.tar")
-    other = part_path(folder, "video-000001.tar").read_bytes()
+    info = read_dataset_info(folder)
+    part = part_of(folder, "video-000000")
     flip_byte(part, 40)
-    with pytest.raises(UserError, match="video-000000.parquet cannot be read"):
+    with pytest.raises(UserError, match="video-000000-.*damaged: its sha256"):
         Dataset.open(folder).rows(0)
-    part.write_bytes(other)
-    with pytest.raises(UserError, match="has 2 rows, but dataset.json says 3"):
-        Dataset.open(folder).rows(0)
-    part.write_bytes(part_path(folder, "text-000000.tar").read_bytes())
-    with pytest.raises(UserError, match="other columns"):
-        Dataset.open(folder).rows(0)
+    first, second = info.video_shards
+    for wrong, message in (
+            (replace(first, part=second.part, part_sha256=second.part_sha256), "has 2 rows, but the summary says 3"),
+            (replace(first, part=info.text_shards[0].part, part_sha256=info.text_shards[0].part_sha256), "columns")):
+        write_dataset(folder, replace(info, video_shards=(wrong, second)))
+        with pytest.raises(UserError, match=message):
+            Dataset.open(folder).rows(0)
 
 
-def test_keys_that_webdataset_would_split_and_states_of_another_form_are_refused(tmp_path):
+def test_keys_that_webdataset_would_split_and_parts_of_other_samples_are_refused(tmp_path):
     with pytest.raises(ValueError, match="dot or slash"), write_shard(tmp_path / "a.tar") as writer:
         writer.add_video("a.b", b"", {})
     with pytest.raises(ValueError, match="already"), write_shard(tmp_path / "a.tar") as writer:
         writer.add_video("a", b"", {})
         writer.add_video("a", b"", {})
-    with pytest.raises(ValueError, match="bf16"), write_shard(tmp_path / "a.tar") as writer:
-        writer.add_text("a", [1, 2], torch.zeros(2, 4))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-    with pytest.raises(RuntimeError), atomic_file(path) as stream:
-        stream.write(b"new")
-        raise RuntimeError
-    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
-
-
-def test_a_full_disk_is_one_clear_error_and_leaves_nothing(tmp_path):
-    # The temporary name leads to /dev/full, where every write fails with ENOSPC.
-    os.symlink("/dev/full", tmp_path / "video-000000.tar.partial")
-    with pytest.raises(UserError, match="video-000000.tar: no space left.*run the same command again") as caught:
-        with write_shard(tmp_path / "video-000000.tar") as writer:
-            writer.add_video("a", bytes(1 << 20), {})
-    assert caught.value.__cause__.errno == errno.ENOSPC
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_file_size_limit_is_the_same_error(tmp_path):
-    program = ("import sys; from grn_scale.data.shards import write_shard\n"
-               "with write_shard(sys.argv[1]) as writer:\n"
-               "    for i in range(64): writer.add_video(str(i), bytes(1 << 16), {})\n")
-    limit = (1 << 20, 1 << 20)
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "a.tar")], capture_output=True, text=True,
-                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit), timeout=120)
-    assert done.returncode == 1 and "UserError: cannot write" in done.stderr and "size limit" in done.stderr
+    row = IndexRow(0, 0, "k" * 33, 0, 0, 0, THW, 1.0, ())
+    with pytest.raises(ValueError, match="longer than 32"):
+        write_video_part(tmp_path, ShardInfo("video-000000.tar", 1, 0, ""), [row])
+    with pytest.raises(ValueError, match="has 2 samples, but the part 1 rows"):
+        write_video_part(tmp_path, ShardInfo("video-000000.tar", 2, 0, ""), [replace(row, key="k")])
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,153 @@
+"""What an output folder is made from: the settings its shards depend on, and the manifest cut into chunks.
+
+    tokenize.json    marks a folder as the output of `grn-scale tokenize`, and says what its video shards depend on
+    manifest.json    where each chunk of the manifest starts, with the checksum of its lines
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grn_scale.config.data_schema import TokenizeConfig
+from grn_scale.data.dataset_info import DATASET_FILE, read_dataset_info, snapshots
+from grn_scale.data.manifest_chunks import ManifestChunk, chunk_manifest
+from grn_scale.data_pipeline.chunks import VideoSettings, digest
+from grn_scale.data_pipeline.encode_texts import TextSettings
+from grn_scale.data_pipeline.leases import Leases
+from grn_scale.errors import UserError
+from grn_scale.storage import LocalStorage, Storage
+
+log = logging.getLogger(__name__)
+
+JOB_FILE = "tokenize.json"
+MANIFEST_FILE = "manifest.json"
+SCAN_LEASE = "manifest"
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that the workers of a fleet must agree on."""
+
+    storage: Storage
+    manifest: Path
+    chunks: tuple[ManifestChunk, ...]
+    video: VideoSettings
+    text: TextSettings
+    digests: tuple[str, ...]
+    """Of each chunk: its lines and the settings."""
+    kept_shards: frozenset[str]
+    """Tars that states of the finished dataset refer to: they are not written again under their name."""
+
+    @property
+    def lines(self) -> int:
+        """Manifest lines in all, blank ones left out."""
+        return sum(chunk.clips for chunk in self.chunks)
+
+    def shard_name(self, family: str, number: int, made_from: list[Any]) -> str:
+        """Name of a new shard of a chunk: video-000012.tar, with a hash where that is in use by a finished dataset."""
+        plain = f"{family}-{number:06d}.tar"
+        return plain if plain not in self.kept_shards else f"{family}-{number:06d}-{digest(made_from)[:8]}.tar"
+
+
+def open_job(storage: Storage, manifest: Path, config: TokenizeConfig, video: VideoSettings, text: TextSettings,
+             leases: Leases) -> Job:
+    """The job of a folder that `claim_folder` has made sure of. Cuts the manifest where nobody has done so yet.
+
+    Raises ManifestError where the manifest cannot be read or is empty.
+    """
+    chunks = _chunks(storage, manifest, config.shard_samples, leases)
+    common = [str(manifest.parent), dataclasses.asdict(video), dataclasses.asdict(text), config.allow_empty_captions]
+    digests = tuple(digest([chunk.sha256, *common]) for chunk in chunks)
+    return Job(storage, manifest, chunks, video, text, digests, _kept_shards(storage))
+
+
+def claim_folder(storage: Storage, video: VideoSettings, shard_samples: int, text_states: str) -> str:
+    """Make the folder this job's, or take it up again; how text states are stored in it.
+
+    text_states: for a folder that is new. Raises UserError for a folder with other things in it, and where video
+    shards were made with other settings.
+    """
+    values = {"about": "output of grn-scale tokenize", "video": dataclasses.asdict(video),
+              "shard_samples": shard_samples, "text_states": text_states}
+    if not storage.exists(JOB_FILE):
+        if _holds_other_things(storage):
+            raise UserError(f"output: {storage.location} is not empty and was not made by `grn-scale tokenize`; give a "
+                            "new folder")
+        if storage.create(JOB_FILE, f"{json.dumps(values, indent=1)}\n".encode()):
+            return text_states
+    return _check_same(storage, values)
+
+
+def _holds_other_things(storage: Storage) -> bool:
+    # Another process of this job may be writing the file that makes the folder ours.
+    names = [name for name in storage.names() if JOB_FILE not in name]
+    if isinstance(storage, LocalStorage) and storage.folder.is_dir():
+        names += [path.name for path in storage.folder.iterdir() if JOB_FILE not in path.name]
+    return bool(names)
+
+
+def _check_same(storage: Storage, wanted: dict[str, Any]) -> str:
+    try:
+        found = json.loads(storage.read(JOB_FILE))
+        old = {**found["video"], "shard_samples": found["shard_samples"]}
+        text_states = str(found["text_states"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{storage / JOB_FILE} cannot be read ({error!r}); give a new output folder") from error
+    new = {**wanted["video"], "shard_samples": wanted["shard_samples"]}
+    changed = [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]
+    if changed:
+        raise UserError(f"output: {storage.location} holds shards made with other settings ({'; '.join(changed)}); "
+                        "give a new output folder, or the settings as they were")
+    return text_states
+
+
+def _chunks(storage: Storage, manifest: Path, size: int, leases: Leases) -> tuple[ManifestChunk, ...]:
+    """The cut of the manifest as it is now, found in the folder or made by one process for all."""
+    while True:
+        stamp = _stamp(manifest, size)
+        known = _read_cut(storage, stamp)
+        if known is not None:
+            return known
+        if stamp is None or leases.claim(SCAN_LEASE):
+            chunks = tuple(chunk_manifest(manifest, size))
+            values = {"manifest": stamp, "chunks": [list(dataclasses.astuple(chunk)) for chunk in chunks]}
+            storage.write_bytes(MANIFEST_FILE, json.dumps(values).encode())
+            leases.release(SCAN_LEASE)
+            return chunks
+        time.sleep(POLL_SECONDS)
+
+
+def _stamp(manifest: Path, size: int) -> list[Any] | None:
+    try:
+        status = manifest.stat()
+    except OSError as error:
+        log.debug("%s: %s", manifest, error)  # reading it says why, with the remedy
+        return None
+    return [str(manifest), status.st_size, status.st_mtime_ns, size]
+
+
+def _read_cut(storage: Storage, stamp: list[Any] | None) -> tuple[ManifestChunk, ...] | None:
+    try:
+        values = json.loads(storage.read(MANIFEST_FILE))
+        if stamp is not None and values["manifest"] == stamp:
+            return tuple(ManifestChunk(*chunk) for chunk in values["chunks"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        log.warning("%s cannot be used (%r): the manifest is cut again", storage / MANIFEST_FILE, error)
+    return None
+
+
+def _kept_shards(storage: Storage) -> frozenset[str]:
+    names: set[str] = set()
+    for snapshot in snapshots(storage) if storage.exists(DATASET_FILE) else ():
+        info = read_dataset_info(storage, snapshot)
+        names.update(shard.name for shard in (*info.video_shards, *info.text_shards))
+    return frozenset(names)

@@ -1,0 +1,297 @@
+"""One worker of the fleet: claims chunks of the manifest and makes their shards, until none is left.
+
+    python -m grn_scale.data_pipeline.worker --config tokens/config.yaml
+
+`grn-scale tokenize` starts these. A worker talks to no other: what is claimed and what is finished it sees in the
+output folder, so workers may come, crash and go on any machine. The next chunk is claimed, and its media files are
+hashed, while the present one is encoded, and decoding runs over the border between them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from grn_scale.command_line import CommandParser, run, start_logging
+from grn_scale.config.class_schema import SCHEMAS
+from grn_scale.config.schema import Config
+from grn_scale.data.decode_pool import DecodePool
+from grn_scale.data.index_parts import TEXT_SCHEMA, read_table, read_video_part, write_text_part, write_video_part
+from grn_scale.data.manifest_chunks import read_chunk
+from grn_scale.data.schema import IndexRow, ShardInfo, TextRef
+from grn_scale.data_pipeline.chunks import Problem, Source, digest, distinct, find_sources, made_from
+from grn_scale.data_pipeline.encode_texts import TextShards
+from grn_scale.data_pipeline.encode_videos import StoredClip, VideoShards, decode_request
+from grn_scale.data_pipeline.job import Job, open_job
+from grn_scale.data_pipeline.leases import Leases
+from grn_scale.data_pipeline.meter import WorkerMeter
+from grn_scale.data_pipeline.records import ChunkRecord, Records, SourcesRecord
+from grn_scale.data_pipeline.settings import load_text, text_settings, video_settings
+from grn_scale.errors import EXIT_FAILED, DoNotRequeue
+from grn_scale.storage import Storage
+from grn_scale.tokenizer import load_tokenizer
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 1.0
+"""Pause before looking again where all chunks that are left belong to other workers."""
+
+
+@dataclass(frozen=True)
+class PlannedChunk:
+    """A claimed chunk, and what is to be done about it."""
+
+    number: int
+    sources: tuple[Source, ...]
+    """All its lines."""
+    clips: dict[str, Source]
+    """Each clip once, by key."""
+    sources_record: SourcesRecord
+    video_from: str
+    kept: ChunkRecord | None
+    """An earlier record whose video shard is as good as a new one."""
+    retries: int
+    """Times that clips which had failed were tried again, this time included."""
+
+
+class Worker:
+    """Makes the shards of the chunks it can claim. `run` does it all."""
+
+    def __init__(self, job: Job, config: Config, records: Records, leases: Leases, videos: VideoShards,
+                 texts: TextShards, pool: DecodePool, meter: WorkerMeter, retry: bool = False) -> None:
+        """retry: make chunks anew that lack a clip whose decoding failed in an earlier run."""
+        self._job, self._config, self._records, self._leases = job, config, records, leases
+        self._videos, self._texts, self._pool, self._meter = videos, texts, pool, meter
+        self._to_retry = {record.number: record for record in self._finished() if record.failed} if retry else {}
+        self._ample = True
+
+    def run(self) -> None:
+        """Work until every chunk of the job is finished, by this worker or another.
+
+        Raises DoNotRequeue where more of the manifest is bad than tokenize.max_bad_fraction, UserError, OSError.
+        """
+        while self._unfinished():
+            # The pool draws requests ahead of the results, so the same chunks are walked twice, at two places.
+            planned, walked = itertools.tee(self._claimed())
+            decoded = self._pool.map(decode_request(source, self._job.video) for chunk in planned
+                                     if chunk.kept is None for source in chunk.clips.values())
+            made = 0
+            for chunk in walked:
+                self._make(chunk, decoded)
+                self._leases.release(_lease(chunk.number))
+                made += 1
+            if not made:
+                time.sleep(POLL_SECONDS)
+            self._records.refresh()
+
+    def _finished(self) -> list[ChunkRecord]:
+        return self._records.of_job(self._job.digests)
+
+    def _unfinished(self) -> list[int]:
+        finished = {record.number for record in self._finished() if self._to_retry.get(record.number) != record}
+        return [number for number in range(len(self._job.chunks)) if number not in finished]
+
+    def _claimed(self) -> Iterator[PlannedChunk]:
+        """Claimed chunks, until there is none to be had. The next one is planned while one is worked on."""
+        with ThreadPoolExecutor(1, thread_name_prefix="plan-chunk") as planner:
+            ahead = planner.submit(self._claim_one)
+            while (chunk := ahead.result()) is not None:
+                # Near the end a chunk that waits here would be missed by workers that have nothing to do.
+                ahead = planner.submit(self._claim_one) if self._ample else None
+                yield chunk
+                ahead = ahead or planner.submit(self._claim_one)
+
+    def _claim_one(self) -> PlannedChunk | None:
+        self._records.refresh()
+        claimed = self._leases.claimed()
+        left = self._unfinished()
+        free = [number for number in left if _lease(number) not in claimed]
+        self._ample = len(free) > len(claimed)
+        # Workers that start together begin at different chunks.
+        begin = zlib.crc32(f"{socket.gethostname()} {os.getpid()}".encode()) % max(1, len(free)) if claimed else 0
+        for number in (*free[begin:], *free[:begin], *(number for number in left if _lease(number) in claimed)):
+            if not self._leases.claim(_lease(number)):
+                continue
+            self._records.refresh()
+            if number in self._unfinished():
+                with self._meter.timed("hash"):
+                    return self._plan(number)
+            self._leases.release(_lease(number))
+        return None
+
+    def _plan(self, number: int) -> PlannedChunk:
+        job = self._job
+        lines = read_chunk(job.manifest, job.chunks[number],
+                           allow_empty_captions=self._config.tokenize.allow_empty_captions)
+        before = self._records.read_sources(number)
+        sources, contents = find_sources(lines, job.video, before.contents)
+        clips, kept, retries = distinct(sources), None, 0
+        video_from = made_from(clips)
+        for record in self._records.of_number(number):
+            if record.video_from == video_from:
+                kept, retries = record, record.retries
+        if number in self._to_retry and kept:
+            kept, retries = None, retries + 1
+        return PlannedChunk(number, tuple(sources), clips, SourcesRecord(contents, before.bad), video_from, kept,
+                            retries)
+
+    def _make(self, chunk: PlannedChunk, decoded: Iterator) -> None:
+        job, number = self._job, chunk.number
+        self._check_budget(chunk, {})
+        if chunk.kept:
+            video, failed = chunk.kept.video, self._known_problems(chunk)
+            clips = _stored(job.storage, video)
+        else:
+            name = job.shard_name("video", number, [chunk.video_from, chunk.retries])
+            video, clips, failed = self._videos.make(job.storage / name, chunk.clips, decoded)
+            self._check_budget(chunk, failed)
+        captions = _captions(chunk.sources)
+        text, entries, text_from = self._text(number, [(clip.thw[0], [text for _, text in captions[clip.key]])
+                                                       for clip in clips])
+        if video is not None:
+            rows = [IndexRow(0, place, clip.key, clip.offset, clip.length, clip.xxh3, clip.thw, clip.ratio_key,
+                             tuple(self._texts.caption(kind, text, clip.thw[0], entries)
+                                   for kind, text in captions[clip.key]), chunk.clips[clip.key].clip.class_id)
+                    for place, clip in enumerate(clips)]
+            video = write_video_part(job.storage, video, rows, self._texts.empty_tokens)
+        bad = _bad_lines(chunk.sources, failed)
+        self._records.write_sources(number, SourcesRecord(chunk.sources_record.contents, bad))
+        self._records.write(ChunkRecord(
+            number, job.digests[number], chunk.retries, len(chunk.sources),
+            dict(Counter(line["reason"] for line in bad)), {key: problem.reason for key, problem in failed.items()},
+            chunk.video_from, text_from, video, text))
+        self._to_retry.pop(number, None)
+        self._meter.finished(len(chunk.sources))
+
+    def _known_problems(self, chunk: PlannedChunk) -> dict[str, Problem]:
+        """Why the clips of a kept shard that are not in it could not be decoded."""
+        details = {line["key"]: line["detail"] for line in chunk.sources_record.bad if line["key"]}
+        return {key: Problem(reason, details.get(key, "")) for key, reason in chunk.kept.failed.items()}
+
+    def _text(self, number: int, clips: Sequence[tuple[int, Sequence[str]]],
+              ) -> tuple[ShardInfo | None, dict[str, TextRef], str]:
+        """Text shard of a chunk, its entries by key, and what it was made from."""
+        job = self._job
+        texts = self._texts.wanted(clips, with_empty=number == 0)
+        text_from = digest([list(texts), dataclasses.asdict(job.text)])
+        if not texts:
+            return None, {}, text_from
+        for record in self._records.of_number(number):
+            if record.text_from == text_from and record.text is not None:
+                table = read_table(job.storage, record.text, TEXT_SCHEMA)
+                return record.text, {key: TextRef(key, tokens, record.text.name) for key, tokens in zip(
+                    table["key"].to_pylist(), table["tokens"].to_pylist())}, text_from
+        name = job.shard_name("text", number, [text_from])
+        shard, rows = self._texts.make(job.storage / name, texts)
+        shard = write_text_part(job.storage, shard, rows)
+        return shard, {row.key: TextRef(row.key, row.tokens, shard.name) for row in rows}, text_from
+
+    def _check_budget(self, chunk: PlannedChunk, failed: dict[str, Problem]) -> None:
+        """DoNotRequeue where there are now too many bad lines; they are written down for quarantine.jsonl."""
+        limit = self._config.tokenize.max_bad_fraction
+        # A fraction above 0 allows one line at least: the first try with three clips should go on too.
+        allowed = max(1, limit * self._job.lines) if limit > 0 else 0
+        bad = _bad_lines(chunk.sources, failed)
+        spent = len(bad) + sum(sum(record.bad.values()) for record in self._finished()
+                               if record.number != chunk.number)
+        if spent > allowed:
+            self._records.write_sources(chunk.number, SourcesRecord(chunk.sources_record.contents, bad))
+            raise DoNotRequeue(
+                f"{spent} of the manifest's {self._job.lines} lines give no sample, more than "
+                f"tokenize.max_bad_fraction ({limit:g}) allows; see {self._job.storage / 'quarantine.jsonl'}: mend or "
+                "remove those lines, or raise the limit")
+
+
+def _lease(number: int) -> str:
+    return f"{number:06d}"
+
+
+def _stored(storage: Storage, video: ShardInfo | None) -> list[StoredClip]:
+    if video is None:
+        return []
+    return [StoredClip(row.key, row.offset, row.length, row.xxh3, row.thw, row.ratio_key)
+            for row in read_video_part(storage, video, 0, 0)]
+
+
+def _captions(sources: Sequence[Source]) -> dict[str, dict[tuple[str, str], None]]:
+    """Key -> captions of all lines a clip stands in, in order, each once."""
+    found: dict[str, dict[tuple[str, str], None]] = {}
+    for source in sources:
+        if source.key:
+            found.setdefault(source.key, {}).update(dict.fromkeys(source.captions))
+    return found
+
+
+def _bad_lines(sources: Sequence[Source], failed: dict[str, Problem]) -> tuple[dict[str, object], ...]:
+    lines = []
+    for source in sources:
+        problem = source.problem or failed.get(source.key)
+        if problem is not None:
+            lines.append({"line": source.line, "id": source.id, "path": source.path, "key": source.key,
+                          "reason": problem.reason, "detail": problem.detail})
+    return tuple(lines)
+
+
+def work(config: Config, name: str, retry: bool = False) -> None:
+    """Be one worker, called `name`, of the job in config.output, which `grn-scale tokenize` has prepared.
+
+    config: with text.states settled. Raises as `Worker.run` does.
+    """
+    settings = config.tokenize
+    torch.set_num_threads(settings.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    storage = Storage.of(config.output)
+    tokenizer = load_tokenizer(config.tokenizer.path).to(device)
+    encoder = load_text(config.text, device)
+    text = text_settings(config, encoder)
+    with ExitStack() as stack:
+        pool = stack.enter_context(DecodePool(settings.decode_processes, settings.decode_timeout_seconds))
+        leases = stack.enter_context(Leases(storage, settings.lease_seconds))
+        meter = stack.enter_context(WorkerMeter(storage, name, settings.decode_processes,
+                                                lambda: getattr(pool, "busy_seconds", 0.0)))
+        job = open_job(storage, Path(config.data.manifest).absolute(), settings, video_settings(config, tokenizer),
+                       text, leases)
+        records = Records(storage)
+        records.refresh()
+        videos = stack.enter_context(VideoShards(job.video, settings, tokenizer, meter))
+        Worker(job, config, records, leases, videos, TextShards(text, encoder, meter), pool, meter, retry).run()
+
+
+def main(argv: list[str]) -> int:
+    """Exit code of one worker; it ends when the process that started it does."""
+    parser = CommandParser("tokenize worker", "Be one worker of a job that `grn-scale tokenize` has prepared.",
+                           "python -m grn_scale.data_pipeline.worker --config tokens/config.yaml --name w0",
+                           schema=SCHEMAS)
+    parser.add_argument("--name", required=True, help="name of its status file in workers/")
+    parser.add_argument("--retry-quarantined", action="store_true", help="decode clips again that failed before")
+    config, options = parser.parse_command(argv)
+    start_logging(logging.WARNING)
+    threading.Thread(target=_end_with, args=(os.getppid(),), name="watch-parent", daemon=True).start()
+    work(config, options.name, options.retry_quarantined)
+    return 0
+
+
+def _end_with(parent: int) -> None:
+    """End this process at once when its parent is gone; what is unfinished is made again by the next run."""
+    while os.getppid() == parent:
+        time.sleep(POLL_SECONDS)
+    os._exit(EXIT_FAILED)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
