@@ -127,7 +127,8 @@ def counting(name: str, items: Iterable[T]) -> Iterator[Iterator[T]]:
             yield from batch
             progress.advance(task, len(batch))
 
+    console = Console(stderr=True)
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn(),
-                  console=Console(stderr=True), transient=True) as progress:
+                  console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(name, total=None)
         yield counted()

@@ -107,8 +107,16 @@ def pack_bits(bits: torch.Tensor | np.ndarray) -> bytes:
 
 def unpack_bits(data: bytes | np.ndarray, shape: Sequence[int]) -> torch.Tensor:
     """uint8 bits of `shape` (any, usually [t, h, w, D]) from `pack_bits`. UserError where the length does not fit."""
-    array = np.frombuffer(data, np.uint8) if isinstance(data, (bytes, bytearray, memoryview)) else data
+    # A copy: the bytes may be read-only, which tensors cannot be.
+    array = np.frombuffer(data, np.uint8).copy() if isinstance(data, (bytes, bytearray, memoryview)) else data
+    return unpack_on_device(torch.from_numpy(array), shape)
+
+
+def unpack_on_device(packed: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """As `unpack_bits`, of packed bytes (uint8) on any device, where the bits stay: only bytes travel to it."""
     count = math.prod(shape)
-    if array.size != (count + 7) // 8:
-        raise UserError(f"{array.size} bytes do not hold bits of shape {tuple(shape)}, which take {(count + 7) // 8}")
-    return torch.from_numpy(np.unpackbits(array, count=count).reshape(tuple(shape)))
+    if packed.numel() != (count + 7) // 8:
+        raise UserError(f"{packed.numel()} bytes do not hold bits of shape {tuple(shape)}, which take "
+                        f"{(count + 7) // 8}")
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
+    return (packed[:, None] >> shifts).bitwise_and_(1).flatten()[:count].view(tuple(shape))

@@ -57,7 +57,7 @@ def assemble(samples: Sequence[Sample], weights: Mapping[int, float], *, class_o
     ratios = [signal_ratio(seed, draw.index, noise) for draw in draws]
     shape = (len(samples), config.tokens, config.label_channels)
     if samples:
-        labels = torch.stack([sample_labels(sample, config) for sample in samples]).to(device)
+        labels = torch.stack([sample_labels(sample, config, device) for sample in samples])
     else:
         labels = torch.zeros(shape, dtype=torch.uint8, device=device)
     mixed = corrupt(labels, ratios, [draw.index for draw in draws], seed, config.classes)

@@ -169,8 +169,8 @@ class DataConfig:
         require(not (self.dataset and self.mixture), "data.dataset and data.mixture are both set: give data.mixture=[] "
                 "to read data.dataset alone, or data.dataset= to read the mixture")
         weighed = [part.dataset for part in self.mixture if part.weight is not None]
-        require(len(weighed) in (0, len(self.mixture)),
-                f"data.mixture: of {len(self.mixture)} datasets {', '.join(weighed)} has a weight, but all must or none")
+        require(len(weighed) in (0, len(self.mixture)), f"data.mixture: of {len(self.mixture)} datasets "
+                f"{', '.join(weighed)} has a weight, but all must or none")
         require(self.temperature == 1 or all(part.repeats is part.weight is None for part in self.mixture),
                 f"data.temperature is {self.temperature}, which sets the shares of a mixture by size: leave repeats "
                 "and weight out of data.mixture, or set data.temperature=1")

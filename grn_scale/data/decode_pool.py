@@ -26,6 +26,9 @@ from grn_scale.data.decode import DecodedClip, DecodeError, DecodeRequest, Media
 from grn_scale.data.decode_child import ChildFailed, ChildLate, DecodeChild
 from grn_scale.errors import UserError
 
+STARTS = 3
+"""A child may be killed while it starts; one after the other that does not start has another reason."""
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -128,27 +131,30 @@ class DecodePool:
 
     def _ask(self, question: dict[str, Any], media: Media) -> tuple[dict[str, Any], np.ndarray | None]:
         """A child's reply and the frames that come with it; where the child fails, the reason as a reply."""
-        child = self._idle.get()
-        began = time.monotonic()
-        try:
-            answer = child.ask(question)
-        except ChildFailed as failure:
-            status = self._replace(child)
-            if not child.ready:
-                raise UserError(f"a decoding process did not start (exit status {status}); `{sys.executable} -m "
-                                "grn_scale.data.decode_worker` shows why, `grn-scale doctor` what is missing") from None
-            return self._reason(child, failure, status, media), None
-        except BaseException:  # a child left in the middle of a reply must not be asked again
-            self._replace(child)
-            raise
-        finally:
-            with self._counting:
-                self.busy_seconds += time.monotonic() - began
-        if child.spent:
-            self._replace(child)
-        else:
-            self._idle.put(child)
-        return answer
+        for _ in range(STARTS):
+            child = self._idle.get()
+            began = time.monotonic()
+            try:
+                answer = child.ask(question)
+            except ChildFailed as failure:
+                status = self._replace(child)
+                if child.ready:
+                    return self._reason(child, failure, status, media), None
+            except BaseException:  # a child left in the middle of a reply must not be asked again
+                self._replace(child)
+                raise
+            else:
+                if child.spent:
+                    self._replace(child)
+                else:
+                    self._idle.put(child)
+                return answer
+            finally:
+                with self._counting:
+                    self.busy_seconds += time.monotonic() - began
+        raise UserError(f"{STARTS} decoding processes in turn did not start (exit status {status}); "
+                        f"`{sys.executable} -m grn_scale.data.decode_worker 1 60 {self.memory_megabytes} < /dev/null` "
+                        "shows why, `grn-scale doctor` what is missing")
 
     def _reason(self, child: DecodeChild, failure: ChildFailed, status: int, media: Media) -> dict[str, str]:
         if isinstance(failure, ChildLate):

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from grn_scale.data.decode import DecodeError, DecodeRequest, decode_clip, probe
+from grn_scale.data.decode import DecodeError, DecodeRequest, Media, decode_clip, probe
 
 GRACE_SECONDS = 5
 MEGABYTE = 1 << 20
@@ -50,16 +50,18 @@ class Frames:
 
 def answer(request: dict[str, Any], frames: Frames) -> dict[str, Any]:
     """The reply to a request: a clip, the facts of a file, or the reason why there is none."""
+    place = request.get("probe") or request["decode"]
+    media = Media(place["path"], place["member"])
     try:
         if "probe" in request:
-            return {"info": dataclasses.asdict(probe(**request["probe"]))}
+            return {"info": dataclasses.asdict(probe(media.path, media.member))}
         clip = decode_clip(DecodeRequest(**request["decode"]), frames.array)
     except DecodeError as error:
         return {"reason": error.reason, "detail": error.detail}
     except MemoryError as error:
         return {"reason": "out_of_memory", "detail": str(error)}
     except Exception as error:  # any defect a strange file finds costs one clip, and is reported with it
-        return {"reason": "crashed", "detail": f"{type(error).__name__}: {error}"}
+        return {"reason": "crashed", "detail": f"{media}: {type(error).__name__}: {error}"}
     about = {field.name: getattr(clip, field.name) for field in dataclasses.fields(clip) if field.name != "frames"}
     return {"clip": about, "shape": clip.frames.shape}
 

@@ -177,7 +177,7 @@ def read_pack(source: Mixture | Source, pack: Pack, skip: Collection[str] = (), 
         samples.append(sample)
         if bad and on_bad:
             on_bad(bad)
-    return _pinned(samples) if torch.cuda.is_available() else samples
+    return _pinned(samples) if samples and torch.cuda.is_available() else samples
 
 
 def _pinned(samples: list[Sample]) -> list[Sample]:

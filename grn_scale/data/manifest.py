@@ -134,9 +134,8 @@ class _Line:
         value = self.values.get(name)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e9:
-            raise self.error("bad_value", f"{name} is {_short(value)}, but must be a number greater than 0 and below "
-                                          "10^9")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1e-6 <= value <= 1e9:
+            raise self.error("bad_value", f"{name} is {_short(value)}, but must be a number from 10^-6 to 10^9")
         return float(value)
 
     def flag(self, name: str) -> bool:

@@ -22,6 +22,12 @@ from grn_scale.keyed import key64, uniforms
 if TYPE_CHECKING:
     from grn_scale.data.columns import ShardColumns
 
+DIGITS = 9
+"""Visits that follow from shares are rounded to so many decimals: what means 1 should not be a little more."""
+SHARD_SUMS = np.dtype([("samples", np.int64), ("images", np.int64), ("tokens", np.int64), ("longest", np.int64)])
+"""What a summary says of a video shard."""
+
+
 class Index(Protocol):
     """What a plan needs of a dataset (grn_scale.data.dataset.Dataset has it)."""
 
@@ -53,9 +59,6 @@ class Visits:
         samples, images = shards["samples"], shards["images"]
         most = np.where(images > 0, math.ceil(self.images), 0)
         return np.where(samples > 0, np.maximum(most, np.where(images < samples, math.ceil(self.videos), 0)), 0)
-
-
-SHARD_SUMS = np.dtype([("samples", np.int64), ("images", np.int64), ("tokens", np.int64), ("longest", np.int64)])
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,7 @@ def dataset_visits(parts: Sequence[MixturePart], samples: Sequence[int], tempera
         raise ConfigError(f"data.mixture: {', '.join(empty)} has no samples, so no share can be reached; leave it out")
     shares = [part.weight if part.weight is not None else count ** (1 / temperature)
               for part, count in zip(parts, samples)]
-    repeats = [share / sum(shares) * sum(samples) / count for share, count in zip(shares, samples)]
+    repeats = [round(share / sum(shares) * sum(samples) / count, DIGITS) for share, count in zip(shares, samples)]
     return [Visits(repeat, repeat) for repeat in repeats]
 
 
@@ -194,7 +197,7 @@ def scale_images(visits: Sequence[Visits], counts: Sequence[tuple[int, int]], sh
                               "(null), or add a dataset that has them")
     factors = [wanted * (images + videos) / found if found else 0.0
                for wanted, found in ((share, images), (1 - share, videos))]
-    return [Visits(each.images * factors[0], each.videos * factors[1]) for each in visits]
+    return [Visits(round(each.images * factors[0], DIGITS), round(each.videos * factors[1], DIGITS)) for each in visits]
 
 
 def _counts(index: Index) -> tuple[int, int]:

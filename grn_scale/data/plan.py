@@ -116,6 +116,7 @@ class Plan:
         self.check_state(state)
         epoch, end = state.epoch, state.position + packs_per_step
         packs: list[Pack] = []
+        first, count = state.window_first, 0
         following = replace(state, epoch=epoch + 1, position=0, window=0, window_first=0, settings=self.settings)
         for number, first, count in self._walk(epoch, state.window, state.window_first):
             if first + count > state.position:

@@ -16,16 +16,12 @@ def open_plan(data: DataConfig, seed: int, state: DataState | None,
     """The training plan a run starts with, or goes on with from `state`, and the state it goes on from.
 
     newest: name of the datasets' newest state, the same for all processes (`mixture.newest_snapshot`, by one of them).
-    Raises ConfigError where the datasets do not hold the state's snapshot any more.
+    Raises ConfigError where the state stands in the middle of an epoch of a snapshot that is not there any more.
     """
-    if state is None:
-        plan = _plan(data, seed, newest())
-        return plan, plan.start()
-    plan = _plan(data, seed, state.snapshot)
-    if state.position == 0:
-        plan = renewed(plan, data, seed, newest) or plan
-        state = plan.take_over(state)
-    return plan, state
+    if state is not None and state.position:
+        return _plan(data, seed, state.snapshot), state
+    plan = _plan(data, seed, newest())
+    return plan, plan.take_over(state) if state is not None else plan.start()
 
 
 def renewed(plan: Plan, data: DataConfig, seed: int, newest: Callable[[], str]) -> Plan | None:

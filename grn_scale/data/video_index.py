@@ -131,11 +131,14 @@ def _telling_what_is_wrong(media: Media) -> Iterator[None]:
 
 def video_stream(media: Media, container: av.container.InputContainer) -> av.video.stream.VideoStream:
     """First video stream that is no cover picture of a sound file, set to decode in one thread: processes decode
-    side by side already, and starting threads costs more than a short clip. DecodeError: no_video_stream.
+    side by side already, and starting threads costs more than a short clip. DecodeError: no_video_stream,
+    unreadable.
     """
     pictures = av.stream.Disposition.attached_pic
     for stream in container.streams.video:
         if not stream.disposition & pictures:
+            if stream.codec_context is None:
+                raise DecodeError("unreadable", f"{media}: there is no decoder for its video stream")
             stream.codec_context.thread_count = 1
             return stream
     raise DecodeError("no_video_stream", f"{media} holds no video stream")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from grn_scale import batch, hbq
@@ -35,10 +34,10 @@ class PackedBatch:
     """fp32: scored labels of each sample; 0 for a corrupt one."""
 
 
-def sample_labels(sample: batch.Sample, config: ModelConfig) -> torch.Tensor:
-    """True labels uint8 [visual tokens, D] of one sample, in the model's label form."""
-    shape = (sample.draw.visual_tokens, config.bits_per_token)
-    bits = torch.from_numpy(np.unpackbits(sample.bits, count=shape[0] * shape[1])).view(shape)
+def sample_labels(sample: batch.Sample, config: ModelConfig, device: torch.device | str = "cpu") -> torch.Tensor:
+    """True labels uint8 [visual tokens, D] of one sample on `device`, in the model's label form."""
+    packed = torch.from_numpy(sample.bits).to(device, non_blocking=True)
+    bits = hbq.unpack_on_device(packed, (sample.draw.visual_tokens, config.bits_per_token))
     return bits if config.label_form == "bit" else hbq.bits_to_index(bits, config.rounds)
 
 
@@ -55,7 +54,7 @@ def assemble(samples: Sequence[batch.Sample], weights: Mapping[int, float], *, c
     ratios = [signal_ratio(seed, d.index, noise) for d in draws]
     channels = config.label_channels
     if samples:
-        labels = torch.cat([sample_labels(s, config) for s in samples]).to(device)
+        labels = torch.cat([sample_labels(s, config, device) for s in samples])
         text = torch.cat([s.text_states for s in samples]).to(device)
     else:
         labels = torch.zeros(0, channels, dtype=torch.uint8, device=device)

@@ -3,6 +3,7 @@
     grn-scale bench                                                   all of these, each in a process of its own
     grn-scale bench tokenize --config configs/runs/demo.yaml data.manifest=clips.jsonl
     grn-scale bench tokenizer --widths 32,48 tokenize.latent_side=40 tokenize.max_frames=17 data.manifest=clips.jsonl
+    grn-scale bench fleet --clips 24 data.manifest=clips.jsonl text.encoder=encoder/ tokenize.workers=2
     grn-scale bench data --config configs/runs/demo.yaml data.dataset=tokens/
     grn-scale bench packing --lengths clip_lengths.csv                rules for packs and ranks beside each other
     grn-scale bench plan --samples 100000000                          planning of a dataset of any size
@@ -27,6 +28,7 @@ from grn_scale.command_line import CommandParser, nearest, run, start_logging
 from grn_scale.config.schema import Config
 from grn_scale.errors import EXIT_FAILED, ConfigError
 from grn_scale.perf.bench_data import bench_data
+from grn_scale.perf.bench_fleet import bench_fleet
 from grn_scale.perf.bench_packing import bench_packing
 from grn_scale.perf.bench_plan import bench_plan
 from grn_scale.perf.bench_tokenize import bench_tokenize
@@ -35,7 +37,9 @@ from grn_scale.perf.bench_train import bench_train
 from grn_scale.perf.measure import peak_memory, surroundings
 
 log = logging.getLogger("grn_scale.bench")
-BENCHMARKS = ("tokenize", "tokenizer", "data", "packing", "plan", "train")
+BENCHMARKS = ("tokenize", "tokenizer", "data", "packing", "plan", "train", "fleet")
+ON_REQUEST = ("fleet",)
+"""Not among those that run without a name: it needs a manifest and a text encoder."""
 DEFAULT_SAMPLES = {"data": 4096, "plan": 1_000_000}
 DEFAULT_CONFIG = "configs/runs/demo.yaml"
 
@@ -44,7 +48,7 @@ def measure(name: str, config: Config, *, clips: int, samples: int, repeats: int
             widths: str | None = None, lengths: str | None = None) -> dict[str, Any]:
     """One benchmark with all it depends on: results, peak memory, configuration, hardware, versions, date.
 
-    clips: decoded in each repeat of "tokenize"; samples: read in each repeat of "data", or of the index of "plan";
+    clips: in each repeat of "tokenize" and "fleet"; samples: read in each repeat of "data", or of the index of "plan";
     widths: of random weights in "tokenizer"; lengths: CSV file of clip lengths for "packing".
     """
     from grn_scale.config.load import to_dict
@@ -59,6 +63,8 @@ def measure(name: str, config: Config, *, clips: int, samples: int, repeats: int
         results = bench_packing(lengths)
     elif name == "plan":
         results = bench_plan(samples)
+    elif name == "fleet":
+        results = bench_fleet(config, clips, repeats)
     else:
         results = bench_train(config, repeats)
     return {"benchmark": name, "results": results, "peak_memory": peak_memory(), **surroundings(),
@@ -75,7 +81,8 @@ def main(argv: list[str]) -> int:
                            "grn-scale bench train --config configs/runs/demo.yaml --repeats 10")
     parser.set_defaults(config=DEFAULT_CONFIG)
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="measurements of each number (default: 5)")
-    parser.add_argument("--clips", type=int, default=256, metavar="N", help="decoded in each repeat (default: 256)")
+    parser.add_argument("--clips", type=int, default=256, metavar="N",
+                        help="in each repeat of tokenize and fleet (default: 256)")
     parser.add_argument("--samples", type=int, metavar="N", help="bench data: read in each repeat (default: 4096); "
                         "bench plan: of the index (default: 1000000)")
     parser.add_argument("--widths", metavar="DIM,DEC_DIM", help="bench tokenizer with random weights of the official "
@@ -103,6 +110,8 @@ def _each_alone(arguments: Sequence[str]) -> int:
     """Run all benchmarks, one after the other in processes of their own, so that each peak of memory is its own."""
     reports = {}
     for name in BENCHMARKS:
+        if name in ON_REQUEST:
+            continue
         done = subprocess.run([sys.executable, "-m", "grn_scale", "bench", name, *arguments], stdout=subprocess.PIPE,
                               text=True, check=False)
         if done.returncode:

@@ -54,6 +54,38 @@ def write_video(path: Path, frames: np.ndarray, fps: int = 24, *, codec: str = "
     return path
 
 
+def write_edited(path: Path, frames: np.ndarray, hidden: int, fps: int = 24) -> Path:
+    """H.264 in MP4 whose edit list hides the first `hidden` frames, which others build on; returns `path`."""
+    with av.open(str(path), "w", options={"avoid_negative_ts": "disabled"}) as container:
+        stream = container.add_stream("libx264", rate=fps, options={"bf": "0", "g": "250"})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        for pixels in [*frames, None]:
+            for packet in stream.encode(None if pixels is None else av.VideoFrame.from_ndarray(pixels, "rgb24")):
+                packet.pts -= round(hidden / fps / packet.time_base)
+                packet.dts = packet.pts
+                container.mux(packet)
+    return path
+
+
+def write_empty(path: Path) -> Path:
+    """MP4 with a video stream that holds no frame; returns `path`."""
+    write_video(path, numbered_frames(2), container_options={"movflags": "frag_keyframe+empty_moov"})
+    data = path.read_bytes()
+    path.write_bytes(data[: data.index(b"moof") - 4])
+    return path
+
+
+def write_overstated(path: Path, frames: np.ndarray, promised: int) -> Path:
+    """AVI whose header promises more frames than it holds; returns `path`."""
+    write_video(path, frames, codec="mpeg4")
+    data = bytearray(path.read_bytes())
+    length = data.index(b"strh") + 8 + 32
+    data[length : length + 4] = promised.to_bytes(4, "little")
+    path.write_bytes(data)
+    return path
+
+
 def write_sound(path: Path) -> Path:
     """One second of sound and nothing to see; returns `path`."""
     with av.open(str(path), "w") as container:

@@ -336,8 +336,9 @@ def test_changed_settings_are_refused_in_the_middle_of_an_epoch_only():
 
 def test_a_position_behind_the_end_of_the_epoch_is_refused():
     plan = make_plan()
-    with pytest.raises(ConfigError, match="has only"):
-        plan.next_step(replace(plan.start(), position=10_000), 1)
+    for window in (0, 99):
+        with pytest.raises(ConfigError, match="has only"):
+            plan.next_step(replace(plan.start(), position=10_000, window=window), 1)
 
 
 def test_skip_list_is_sorted_merged_and_carried_on():
@@ -349,7 +350,8 @@ def test_skip_list_is_sorted_merged_and_carried_on():
                                  range(plan.packs_in_epoch(0))]
 
 
-@pytest.mark.parametrize("change", [{"epoch": "1"}, {"position": -1}, {"skip": None}, {"other": 1}])
+@pytest.mark.parametrize("change", [{"epoch": "1"}, {"position": -1}, {"skip": None}, {"other": 1},
+                                    {"window": -1}, {"window_first": 1}])
 def test_a_damaged_state_is_refused(change):
     with pytest.raises(ConfigError, match="cannot be read"):
         DataState.from_dict({**make_plan().start().to_dict(), **change})
