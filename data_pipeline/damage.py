@@ -25,6 +25,7 @@ from grn_scale.data.recent import Recent
 from grn_scale.data.schema import DatasetInfo, IndexRow, ShardInfo, TextRef, TextRow
 from grn_scale.data.text_payload import payload_bytes
 from grn_scale.data_pipeline.shard_members import Member, ShardStream, read_members
+from grn_scale.data_pipeline.tar_rows import row_sums
 from grn_scale.errors import UserError
 from grn_scale.storage import Storage
 
@@ -198,18 +199,12 @@ def _missing(shard: ShardInfo, keys: Iterable[str]) -> Iterator[Damage]:
 def _check_rows(info: DatasetInfo, shard: ShardInfo, rows: dict[str, IndexRow]) -> Iterator[Damage]:
     if len(rows) != shard.samples:
         yield Damage(shard.name, f"its index part names a key twice: {len(rows)} keys in {shard.samples} rows")
-    longest = images = tokens = 0
     for row in rows.values():
-        visual = math.prod(row.thw)
-        length = (visual * info.latent_channels * info.rounds + 7) // 8
+        length = (math.prod(row.thw) * info.latent_channels * info.rounds + 7) // 8
         if row.length != length:
             yield Damage(shard.name, f"{row.length} bytes in the index, but {row.thw} latent cells take {length}",
                          row.key)
-        texts = [ref.tokens for caption in row.captions for ref in caption.texts.values()]
-        longest = max(longest, visual + max([info.empty_text.tokens, *texts]) + 1)
-        images += row.thw[0] == 1
-        tokens += visual
-    for name, value in (("images", images), ("tokens", tokens), ("longest", longest)):
+    for name, value in row_sums(rows.values(), info.empty_text.tokens).items():
         if getattr(shard, name) != value:
             yield Damage(shard.name, f"the summary says {name} {getattr(shard, name)}, but its part has {value}")
 

@@ -40,13 +40,6 @@ class StoredClip:
     ratio_key: float
 
 
-def decode_request(source: Source, settings: VideoSettings) -> DecodeRequest:
-    """How the clip of a line is decoded."""
-    clip = source.clip
-    return DecodeRequest(str(clip.path), settings.fps, settings.max_frames, clip.begin_frame, clip.end_frame,
-                         latent_side=settings.latent_side, flip=clip.flip, member=clip.member)
-
-
 class VideoShards:
     """Makes video shards with one tokenizer. Use it as a context manager."""
 

@@ -1,6 +1,7 @@
-"""grn-scale index: look at what training will read.
+"""grn-scale index: look at what training will read, and keep datasets in order.
 
     grn-scale index plan --dataset tokens/ --world-size 8 --steps 0:3 --config configs/runs/demo.yaml
+    grn-scale index merge tokens-a/ tokens-b/ --output tokens/
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ from grn_scale.data.loader import check_step_size
 from grn_scale.data.mixture import Mixture
 from grn_scale.data.packing import Cost, assign
 from grn_scale.data.plan import Plan
+from grn_scale.data_pipeline.index_build import run_build
+from grn_scale.data_pipeline.index_gc import run_gc
+from grn_scale.data_pipeline.index_merge import run_merge
+from grn_scale.data_pipeline.index_repair import run_repair
 from grn_scale.errors import ConfigError
 from grn_scale.parallel.dims import Coordinate, Dims
 
@@ -124,8 +129,13 @@ def show_plan(argv: list[str]) -> int:
 
 def main(argv: list[str]) -> int:
     """Exit code. The result goes to stdout; raises UserError."""
-    return choose("index", argv, {"plan": show_plan}, "Look at what training will read.\n\n"
-                  "  plan    show which samples each rank reads at each step")
+    return choose("index", argv, {"build": run_build, "plan": show_plan, "repair": run_repair, "merge": run_merge,
+                                  "gc": run_gc}, "Look at what training will read, and keep datasets in order.\n\n"
+                  "  build    write the index anew from what tokenize has finished\n"
+                  "  plan     show which samples each rank reads at each step\n"
+                  "  repair   have what is damaged made again, and mend the index where the tars are whole\n"
+                  "  merge    make one dataset of several\n"
+                  "  gc       remove older snapshots, and what nothing needs any more")
 
 
 if __name__ == "__main__":

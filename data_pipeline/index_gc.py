@@ -17,15 +17,13 @@ from dataclasses import asdict, dataclass
 from grn_scale.command_line import CommandParser, start_logging
 from grn_scale.data.dataset_info import DATASET_FILE, read_dataset_info, snapshot_name, snapshots
 from grn_scale.data.index_parts import INDEX_FOLDER
-from grn_scale.data_pipeline.chunk_files import SOURCES, chunk_files, chunk_of_file, read_records
+from grn_scale.data_pipeline.chunk_files import PART, SOURCES, TAR, chunk_files, chunk_of_file, read_records
 from grn_scale.data_pipeline.index_merge import MERGE_FILE
 from grn_scale.data_pipeline.job import JOB_FILE, MANIFEST_FILE
 from grn_scale.data_pipeline.records import FOLDER as RECORDS
 from grn_scale.errors import ConfigError, UserError
 from grn_scale.storage import LocalStorage, Storage
 
-_TAR = re.compile(r"(video|text)-\d{6,}(-[0-9a-f]{8})?\.tar")
-_PART = re.compile(r"index/(video|text)-\d{6,}(-[0-9a-f]{8})?-[0-9a-f]{8}\.parquet")
 _SNAPSHOT = re.compile(r"index/snapshot-[0-9a-f]{16}\.parquet")
 _OTHER = re.compile(r"(dataset|tokenize|manifest|merge|status)\.json|quarantine\.jsonl|config\.yaml")
 _PARTIAL = re.compile(r"(.+?)\.[A-Za-z0-9_-]+\.partial")
@@ -108,13 +106,13 @@ def _of_records(storage: Storage, gone: set[str]) -> set[str]:
 
 
 def _is_shard(name: str) -> bool:
-    return bool(_TAR.fullmatch(name) or _PART.fullmatch(name))
+    return bool(TAR.fullmatch(name) or PART.fullmatch(name))
 
 
 def _is_leftover(name: str) -> bool:
     match = _PARTIAL.fullmatch(name)
     return match is not None and (chunk_of_file(match[1]) is not None or
-                                  any(kind.fullmatch(match[1]) for kind in (_TAR, _PART, _SNAPSHOT, _OTHER)))
+                                  any(kind.fullmatch(match[1]) for kind in (TAR, PART, _SNAPSHOT, _OTHER)))
 
 
 def _modified(storage: LocalStorage, name: str) -> float:

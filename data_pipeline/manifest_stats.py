@@ -173,7 +173,7 @@ def _probed(clips: Iterable[Clip], settings: TokenizeConfig) -> Iterator[tuple[C
     groups = ((media, list(group)) for media, group in itertools.groupby(
         clips, key=lambda clip: Media(str(clip.path), clip.member)))
     asked, walked = itertools.tee(groups)
-    with DecodePool(settings.decode_processes, settings.decode_timeout_seconds) as pool:
+    with DecodePool.of(settings) as pool:
         for (_, group), (_, info) in zip(walked, pool.probe(media for media, _ in asked)):
             for clip in group:
                 yield clip, info

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import xxhash
@@ -19,8 +20,8 @@ class TarRows:
 
     bytes: int
     sha256: str
-    rows: dict[str, IndexRow] | dict[str, TextRow]
-    """By key, in the order of the tar; those of clips without captions. Empty where the tar cannot be read as one."""
+    rows: dict[str, IndexRow] | dict[str, TextRow] | None
+    """By key, in the order of the tar; those of clips without captions. None where its members do not say all."""
 
 
 def read_tar_rows(storage: Storage, name: str) -> TarRows | None:
@@ -33,8 +34,21 @@ def read_tar_rows(storage: Storage, name: str) -> TarRows | None:
         make = _text_rows if name.startswith("text-") else _video_rows
         rows = {row.key: row for row in make(read_members(stream))}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        rows = {}  # whatever the damage leads to; its sha256 shows it
+        rows = None  # damaged, as its sha256 shows, or with less in its JSON members than tokenize writes
     return TarRows(*stream.finish(), rows)
+
+
+def row_sums(rows: Iterable[IndexRow], empty_tokens: int) -> dict[str, int]:
+    """What the summary says of a video shard with these rows: images, tokens and longest. empty_tokens: of the empty
+    caption."""
+    images = tokens = longest = 0
+    for row in rows:
+        visual = math.prod(row.thw)
+        texts = [ref.tokens for caption in row.captions for ref in caption.texts.values()]
+        images += row.thw[0] == 1
+        tokens += visual
+        longest = max(longest, visual + max([empty_tokens, *texts]) + 1)
+    return {"images": images, "tokens": tokens, "longest": longest}
 
 
 def _video_rows(members: Iterator[Member]) -> Iterator[IndexRow]:

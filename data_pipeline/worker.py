@@ -30,13 +30,14 @@ import torch
 from grn_scale.command_line import CommandParser, run, start_logging
 from grn_scale.config.class_schema import SCHEMAS
 from grn_scale.config.schema import Config
+from grn_scale.data.decode import DecodeRequest
 from grn_scale.data.decode_pool import DecodePool
 from grn_scale.data.index_parts import TEXT_SCHEMA, read_table, read_video_part, write_text_part, write_video_part
 from grn_scale.data.manifest_chunks import read_chunk
 from grn_scale.data.schema import IndexRow, ShardInfo, TextRef
 from grn_scale.data_pipeline.chunks import Problem, Source, digest, distinct, find_sources, made_from
 from grn_scale.data_pipeline.encode_texts import TextShards
-from grn_scale.data_pipeline.encode_videos import StoredClip, VideoShards, decode_request
+from grn_scale.data_pipeline.encode_videos import StoredClip, VideoShards
 from grn_scale.data_pipeline.job import Job, open_job
 from grn_scale.data_pipeline.leases import Leases
 from grn_scale.data_pipeline.meter import WorkerMeter
@@ -88,7 +89,7 @@ class Worker:
         while self._unfinished():
             # The pool draws requests ahead of the results, so the same chunks are walked twice, at two places.
             planned, walked = itertools.tee(self._claimed())
-            decoded = self._pool.map(decode_request(source, self._job.video) for chunk in planned
+            decoded = self._pool.map(DecodeRequest.of(source.clip, self._config.tokenize) for chunk in planned
                                      if chunk.kept is None for source in chunk.clips.values())
             made = 0
             for chunk in walked:
@@ -260,10 +261,9 @@ def work(config: Config, name: str, retry: bool = False) -> None:
     encoder = load_text(config.text, device)
     text = text_settings(config, encoder)
     with ExitStack() as stack:
-        pool = stack.enter_context(DecodePool(settings.decode_processes, settings.decode_timeout_seconds))
+        pool = stack.enter_context(DecodePool.of(settings))
         leases = stack.enter_context(Leases(storage, settings.lease_seconds))
-        meter = stack.enter_context(WorkerMeter(storage, name, settings.decode_processes,
-                                                lambda: getattr(pool, "busy_seconds", 0.0)))
+        meter = stack.enter_context(WorkerMeter(storage, name, settings.decode_processes, lambda: pool.busy_seconds))
         job = open_job(storage, Path(config.data.manifest).absolute(), settings, video_settings(config, tokenizer),
                        text, leases)
         records = Records(storage)

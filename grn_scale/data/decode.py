@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from grn_scale.config.data_schema import TokenizeConfig
 from grn_scale.data.buckets import Bucket, choose_bucket, nearest_ratio_key, whole_groups
 from grn_scale.data.image_file import probe_image, read_image
+from grn_scale.data.manifest import Clip
 from grn_scale.data.media_file import Media, open_media
 from grn_scale.data.video_index import (
     IMAGE_SUFFIXES,
@@ -55,6 +57,12 @@ class DecodeRequest:
             raise ValueError("a DecodeRequest needs either height and width, or latent_side")
         if self.fps <= 0 or self.max_frames < 1:
             raise ValueError(f"fps ({self.fps}) must be greater than 0 and max_frames ({self.max_frames}) at least 1")
+
+    @classmethod
+    def of(cls, clip: Clip, settings: TokenizeConfig) -> DecodeRequest:
+        """How tokenize decodes a clip of a manifest."""
+        return cls(str(clip.path), settings.fps, settings.max_frames, clip.begin_frame, clip.end_frame,
+                   latent_side=settings.latent_side, flip=clip.flip, member=clip.member)
 
     @property
     def media(self) -> Media:

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from grn_scale.config.data_schema import TokenizeConfig
 from grn_scale.data.decode import DecodedClip, DecodeError, DecodeRequest, Media, VideoInfo
 from grn_scale.data.decode_child import ChildFailed, ChildLate, DecodeChild
 from grn_scale.errors import UserError
@@ -47,11 +48,17 @@ class DecodePool:
         self._threads = ThreadPoolExecutor(processes, thread_name_prefix="decode")
         self._idle: queue.SimpleQueue[DecodeChild] = queue.SimpleQueue()
         self._children: set[DecodeChild] = set()
+        self._closing = False
         self._counting = threading.Lock()
         self.busy_seconds = 0.0
         """Time that children have spent on requests, in all of them together."""
         for _ in range(processes):
             self._start()
+
+    @classmethod
+    def of(cls, settings: TokenizeConfig) -> DecodePool:
+        """The pool that a configuration's tokenize section describes."""
+        return cls(settings.decode_processes, settings.decode_timeout_seconds, settings.decode_memory_megabytes)
 
     def worker_pids(self) -> list[int]:
         """Process ids of the children, for monitoring."""
@@ -89,6 +96,7 @@ class DecodePool:
 
     def close(self) -> None:
         """End the children and the threads. Clips still being decoded are given up."""
+        self._closing = True
         for child in list(self._children):
             child.kill()
         self._threads.shutdown(wait=True, cancel_futures=True)
@@ -108,10 +116,11 @@ class DecodePool:
         self._idle.put(child)
 
     def _replace(self, child: DecodeChild) -> int:
-        """Close a child and start another; the exit status."""
+        """Close a child and start another, unless the pool ends; the exit status."""
         status = child.close()
         self._children.discard(child)
-        self._start()
+        if not self._closing:
+            self._start()
         return status
 
     def _decode(self, request: DecodeRequest) -> DecodedClip | DecodeError:
@@ -132,6 +141,8 @@ class DecodePool:
     def _ask(self, question: dict[str, Any], media: Media) -> tuple[dict[str, Any], np.ndarray | None]:
         """A child's reply and the frames that come with it; where the child fails, the reason as a reply."""
         for _ in range(STARTS):
+            if self._closing:
+                return {"reason": "crashed", "detail": f"{media}: given up"}, None
             child = self._idle.get()
             began = time.monotonic()
             try:

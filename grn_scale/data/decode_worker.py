@@ -44,7 +44,10 @@ class Frames:
         if self._map is None or len(self._map) < size:
             self._map = None  # unmapped first: both together may be over the limit
             os.ftruncate(self._descriptor, size)
-            self._map = mmap.mmap(self._descriptor, size)
+            try:
+                self._map = mmap.mmap(self._descriptor, size)
+            except OSError as error:
+                raise MemoryError(f"{shape[0]} frames of {shape[1]} x {shape[2]} pixels") from error
         return np.frombuffer(self._map, np.uint8, size).reshape(shape)
 
 
@@ -79,7 +82,8 @@ def main(frames_descriptor: int, timeout_seconds: float, memory_megabytes: int) 
     """Serve requests until stdin ends."""
     # Ctrl-C reaches the whole process group; the parent decides when this process ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    limit = memory_megabytes * MEGABYTE
+    _, most = resource.getrlimit(resource.RLIMIT_AS)  # a site may allow less
+    limit = memory_megabytes * MEGABYTE if most == resource.RLIM_INFINITY else min(memory_megabytes * MEGABYTE, most)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     frames = Frames(frames_descriptor)
     # Native decoders print to file descriptor 1; only messages may go to the parent.

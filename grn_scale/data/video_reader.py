@@ -1,9 +1,9 @@
 """One open video file: its index, and its frames in display order, damage told.
 
-PyAV decodes everything. decord was measured against it for H.264 at constant rates, where decord can be proven
-exact: it hides damaged frames, so that the proof needs a second pass by PyAV, and its decoding alone takes 1.3 to 1.8
-times the CPU seconds of PyAV (480p to 2160p, one thread). tests/unit/test_decode.py holds it as a witness: where it
-is exact, both give the same pixels.
+PyAV decodes everything. decord was measured against it for H.264 at constant rates, the files it is exact for. It hides
+damaged frames, so that the proof takes a second pass by PyAV, and its decoding alone takes 1.3 to 1.8 times the CPU
+seconds of PyAV's (240p to 2160p, one thread). It decodes faster only where few frames far apart are wanted, and there
+the proof costs more than it saves. tests/unit/test_decode.py keeps it as a witness: both give the same pixels.
 """
 
 from __future__ import annotations

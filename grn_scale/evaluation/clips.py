@@ -13,11 +13,11 @@ import numpy as np
 from grn_scale.config.data_schema import TokenizeConfig
 from grn_scale.data.decode import DecodeError, DecodeRequest, decode_clip
 from grn_scale.data.decode_pool import DecodePool
+from grn_scale.data.importers.entry import VIDEO_SUFFIXES
 from grn_scale.data.manifest import Clip, load_manifest
 from grn_scale.data.video_index import IMAGE_SUFFIXES
 from grn_scale.errors import UserError
 
-VIDEO_SUFFIXES = frozenset((".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v"))
 SAMPLES = "samples.json"
 """What `grn-scale sample` writes last: it lists the samples, and the film strip beside them is none."""
 
@@ -64,9 +64,8 @@ def decode_as_tokenized(clips: Iterable[Clip], settings: TokenizeConfig,
     Decoded in child processes, a few clips ahead; `clips` may be an iterator.
     """
     asked, walked = itertools.tee(clips)
-    requests = (DecodeRequest(str(clip.path), settings.fps, settings.max_frames, clip.begin_frame, clip.end_frame,
-                              latent_side=settings.latent_side) for clip in asked)
-    with DecodePool(settings.decode_processes, settings.decode_timeout_seconds) as pool:
+    requests = (DecodeRequest.of(clip, settings) for clip in asked)
+    with DecodePool.of(settings) as pool:
         for clip, (_, result) in zip(walked, pool.map(requests)):
             yield clip, result if isinstance(result, DecodeError) else result.frames
 

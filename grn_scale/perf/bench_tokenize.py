@@ -27,7 +27,7 @@ def bench_tokenize(config: Config, count: int, repeats: int) -> dict[str, Any]:
     tokenizer = load_tokenizer(config.tokenizer.path).to(device)
     with tempfile.TemporaryDirectory(prefix="grn-bench-") as folder:
         requests = clip_requests(config, count, Path(folder))
-        with DecodePool(config.tokenize.decode_processes, config.tokenize.decode_timeout_seconds) as pool:
+        with DecodePool.of(config.tokenize) as pool:
             clips = [clip for _, clip in pool.map(requests) if isinstance(clip, DecodedClip)]
             if not clips:
                 raise UserError(f"none of {len(requests)} clips of {config.data.manifest} can be decoded; "

@@ -16,21 +16,19 @@ def clip_requests(config: Config, count: int, folder: Path) -> list[DecodeReques
     """Up to `count` clips of the manifest, or clips made for the purpose."""
     from grn_scale.data.buckets import bucket
     from grn_scale.data.decode import DecodeRequest
-    from grn_scale.data.manifest import load_manifest
+    from grn_scale.data.manifest import read_manifest
     from grn_scale.demo import shapes
     from grn_scale.demo.clips import encode_h264
 
     settings = config.tokenize
     if config.data.manifest:
-        listed = load_manifest(config.data.manifest)[:count]
-        found = [(clip.path, clip.begin_frame, clip.end_frame) for clip in listed]
-    else:
-        side = bucket(1.0, settings.latent_side).height
-        found = []
-        for number, attributes in zip(range(count), itertools.cycle(shapes.training())):
-            path = folder / f"{number:06d}.mp4"
-            path.write_bytes(encode_h264(shapes.render(attributes, number, side, settings.max_frames),
-                                         max(1, round(settings.fps))))
-            found.append((path, None, None))
-    return [DecodeRequest(str(path), settings.fps, settings.max_frames, begin, end, latent_side=settings.latent_side)
-            for path, begin, end in found]
+        return [DecodeRequest.of(clip, settings) for clip in itertools.islice(read_manifest(
+            config.data.manifest, allow_empty_captions=settings.allow_empty_captions), count)]
+    side = bucket(1.0, settings.latent_side).height
+    requests = []
+    for number, attributes in zip(range(count), itertools.cycle(shapes.training())):
+        path = folder / f"{number:06d}.mp4"
+        path.write_bytes(encode_h264(shapes.render(attributes, number, side, settings.max_frames),
+                                     max(1, round(settings.fps))))
+        requests.append(DecodeRequest(str(path), settings.fps, settings.max_frames, latent_side=settings.latent_side))
+    return requests

@@ -18,7 +18,7 @@ from grn_scale.config.data_schema import TokenizeConfig
 if TYPE_CHECKING:
     import torch
 
-PACKAGES = ("grn-scale", "torch", "megatron-core", "deepspeed", "numpy", "av", "decord")
+PACKAGES = ("grn-scale", "torch", "megatron-core", "deepspeed", "numpy", "av")
 CAPTION_TOKENS = 9
 """Text tokens of a synthetic sample."""
 

@@ -128,7 +128,8 @@ def _requests(clip: Clip, config: ClipsConfig, sides: Sequence[int]) -> Iterator
         if side <= min(height, width):
             scale = side / min(height, width) if known else 0
             size = (round(height * scale), round(width * scale)) if known else (side, side)
-            yield DecodeRequest(str(clip.path), config.fps, config.frames, clip.begin_frame, clip.end_frame, *size)
+            yield DecodeRequest(str(clip.path), config.fps, config.frames, clip.begin_frame, clip.end_frame, *size,
+                                flip=clip.flip, member=clip.member)
 
 
 def _cut(clip: np.ndarray, frames: int, crop: int, rng: np.random.Generator) -> np.ndarray:

@@ -38,7 +38,7 @@ class TokenizeSetup:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """All that belongs to the dataset, and the records of its chunks: not the status, the configuration (which names the
+    """All that belongs to the dataset, and the records of its chunks: not the status, the configuration (it names the
     folder) and the cut of the manifest (which has its time)."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
             if path.is_file() and path.name not in ("status.json", "config.yaml", "manifest.json")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +156,23 @@ def test_too_little_memory_costs_one_clip_and_the_process(clip, large):
     with DecodePool(1, timeout_seconds=60) as pool:
         (_, enough), = pool.map([request_of(large)])
     assert numbers(enough.frames) == list(range(5))
+
+
+def test_frames_that_do_not_fit_into_memory_are_refused_before_they_are_decoded(clip):
+    with DecodePool(1, timeout_seconds=60, memory_megabytes=1024) as pool:
+        (_, vast), (_, next_one) = pool.map([DecodeRequest(str(clip), 24, 9, height=16000, width=16000),
+                                             request_of(clip, 3)])
+    assert vast.reason == "out_of_memory" and "9 frames of 16000 x 16000" in vast.detail
+    assert numbers(next_one.frames)[0] == 3
+
+
+def test_closing_in_the_middle_of_work_is_quick(large):
+    with DecodePool(2, timeout_seconds=60) as pool:
+        results = pool.map(request_of(large) for _ in range(50))
+        next(results)
+        began = time.monotonic()
+    assert time.monotonic() - began < 5
+    results.close()
 
 
 @pytest.mark.parametrize(("megabytes", "reason"), [(160, "out_of_memory"), (4096, "crashed")])

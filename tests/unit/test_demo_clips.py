@@ -79,7 +79,7 @@ def test_real_segments_hold_nine_frames_each(tmp_path):
         assert frame_count(index_video(clip.path), clip.begin_frame, clip.end_frame, 8) == 9
     for clip in {clip.path: clip for clip in reversed(real)}.values():
         decoded = decode_clip(DecodeRequest(str(clip.path), 8, 9, clip.begin_frame, clip.end_frame, latent_side=2))
-        assert len(decoded.frames) == 9 and decoded.backend == "decord"
+        assert len(decoded.frames) == 9 and decoded.backend == "pyav"
 
 
 def test_without_the_real_videos_the_remedy_is_named(tmp_path, monkeypatch):
