@@ -32,6 +32,8 @@ from grn_scale.storage import Storage
 THREADS = min(8, os.cpu_count() or 1)
 """Shards that are read at a time."""
 CACHED_TEXT_PARTS = 32
+NAMED_MISSING = 3
+"""Missing samples of a shard that are named; a damaged header hides all that follow."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,11 @@ def _out_of_place(shard: ShardInfo, member: Member) -> Damage:
 
 
 def _missing(shard: ShardInfo, keys: Iterable[str]) -> Iterator[Damage]:
-    return (Damage(shard.name, "is in the index, but not in the tar", key) for key in keys)
+    missing = list(keys)
+    for key in missing[:NAMED_MISSING]:
+        yield Damage(shard.name, "is in the index, but not in the tar", key)
+    if len(missing) > NAMED_MISSING:
+        yield Damage(shard.name, f"{len(missing) - NAMED_MISSING} more samples of the index are not in the tar")
 
 
 def _check_rows(info: DatasetInfo, shard: ShardInfo, rows: dict[str, IndexRow]) -> Iterator[Damage]:

@@ -59,12 +59,11 @@ def repair(storage: Storage, dry_run: bool = False) -> Repair:
     owned = [shard for group in records.values() for record in group for shard in record.shards]
     listed = [*info.video_shards, *info.text_shards] if info else []
     checks = _check_all(storage, owned, listed, info, dry_run)
-    remade = {shard.name for shard in owned}
+    lost = report.to_make if storage.exists(JOB_FILE) else report.beyond
     for check in checks.values():
         report.done += check.done
         if check.lost:
-            left = report.to_make if check.shard.name in remade else report.beyond
-            left.append(f"{check.shard.name}: {check.lost}")
+            lost.append(f"{check.shard.name}: {check.lost}")
     for record in (record for group in records.values() for record in group):
         _mend_record(storage, record, checks, report, dry_run)
     if info is not None:

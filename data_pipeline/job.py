@@ -43,7 +43,7 @@ class Job:
     digests: tuple[str, ...]
     """Of each chunk: its lines and the settings."""
     kept_shards: frozenset[str]
-    """Tars that states of the finished dataset refer to: they are not written again under their name."""
+    """Tars that states of the finished dataset refer to and that are there whole: they are not written again."""
 
     @property
     def lines(self) -> int:
@@ -147,7 +147,13 @@ def _read_cut(storage: Storage, stamp: list[Any] | None) -> tuple[ManifestChunk,
 
 def _kept_shards(storage: Storage) -> frozenset[str]:
     names: set[str] = set()
+    sizes = storage.sizes()
     for snapshot in snapshots(storage) if storage.exists(DATASET_FILE) else ():
-        info = read_dataset_info(storage, snapshot)
-        names.update(shard.name for shard in (*info.video_shards, *info.text_shards))
+        try:
+            info = read_dataset_info(storage, snapshot)
+        except UserError as error:
+            log.warning("a former state of the dataset cannot be read, and its shards may be made anew: %s", error)
+            continue
+        names.update(shard.name for shard in (*info.video_shards, *info.text_shards)
+                     if sizes.get(shard.name) == shard.bytes)
     return frozenset(names)

@@ -1,7 +1,7 @@
 """A tar of the dataset read from front to back, in large pieces, from a folder or from object storage.
 
-Only what `grn_scale.data.shard_writer` writes is accepted, byte by byte: a header that it would not have written is
-damage, and no other reading of it is tried.
+Only headers that `grn_scale.data.shard_writer` writes are accepted, byte by byte: any other is damage, and no other
+reading of it is tried.
 """
 
 from __future__ import annotations
@@ -75,8 +75,7 @@ def read_members(stream: ShardStream) -> Iterator[Member]:
         data = stream.read(size)
         if len(data) < size:
             raise ValueError(f"it ends after {len(data)} of the {size} bytes of {name}")
-        if any(stream.read(-size % BLOCK)):
-            raise ValueError(f"what follows {name} is not empty")
+        stream.read(-size % BLOCK)
         key, _, suffix = name.partition(".")
         yield Member(key, suffix, start + BLOCK, data)
     if stream.read(BLOCK + 1) != bytes(BLOCK):

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 
 from grn_scale.data.index_parts import (
-    INDEX_FOLDER,
     TEXT_SCHEMA,
     read_table,
     read_video_part,
@@ -19,8 +16,6 @@ from grn_scale.data.schema import IndexRow, ShardInfo, TextRow
 from grn_scale.data_pipeline.tar_rows import TarRows, read_tar_rows, row_sums
 from grn_scale.errors import UserError
 from grn_scale.storage import Storage
-
-_PART_HASH = re.compile(r".*-([0-9a-f]{8})\.parquet")
 
 
 @dataclass(frozen=True)
@@ -55,27 +50,30 @@ def _check(storage: Storage, shard: ShardInfo, tar: TarRows, in_record: bool, em
            dry_run: bool) -> TarCheck:
     right = replace(shard, bytes=tar.bytes, sha256=tar.sha256)
     rows = _sound_rows(storage, right, tar)
-    done: list[str] = []
     if rows is None:
-        _drop_damaged(storage, right, done, dry_run)
-        if tar.rows is None:
-            return TarCheck(shard, None, "its index part is damaged or missing, and its members do not say what is in "
-                                         "it", tuple(done))
-        if shard.name.startswith("text-"):
-            done.append(f"{shard.name}: its index part is made anew from the tar")
-            return TarCheck(shard, right if dry_run else write_text_part(
-                storage, replace(right, samples=len(tar.rows)), list(tar.rows.values())), done=tuple(done))
-        lost = "its index part is damaged or missing, and with it the captions"
-        if not in_record:
-            return TarCheck(shard, right, lost, tuple(done))
-        done.append(f"{shard.name}: gets an index part without captions, made from the tar")
-        return TarCheck(shard, right if dry_run else write_video_part(
-            storage, replace(right, samples=len(tar.rows)), list(tar.rows.values())), lost, tuple(done))
+        return replace(_with_new_part(storage, right, tar, in_record, dry_run), shard=shard)
+    done = ()
     if shard.name.startswith("video-") and empty_tokens is not None:
         right = replace(right, **row_sums(rows, empty_tokens))
     if right != shard:
-        done.append(f"{shard.name}: its description is corrected")
-    return TarCheck(shard, right, done=tuple(done))
+        done = (f"{shard.name}: its description is corrected",)
+    return TarCheck(shard, right, done=done)
+
+
+def _with_new_part(storage: Storage, shard: ShardInfo, tar: TarRows, in_record: bool, dry_run: bool) -> TarCheck:
+    """The shard with a part made of the tar, where its own is damaged or missing."""
+    if tar.rows is None:
+        return TarCheck(shard, None, "its index part is damaged or missing, and its members do not say what is in it")
+    made = replace(shard, samples=len(tar.rows))
+    rows = list(tar.rows.values())
+    if shard.name.startswith("text-"):
+        return TarCheck(shard, shard if dry_run else write_text_part(storage, made, rows), done=(
+            f"{shard.name}: its index part is made anew from the tar",))
+    lost = "its index part is damaged or missing, and with it the captions"
+    if not in_record:
+        return TarCheck(shard, shard, lost)
+    return TarCheck(shard, shard if dry_run else write_video_part(storage, made, rows), lost, (
+        f"{shard.name}: gets an index part without captions, made from the tar",))
 
 
 def _sound_rows(storage: Storage, shard: ShardInfo, tar: TarRows) -> list[IndexRow] | list[TextRow] | None:
@@ -89,14 +87,3 @@ def _sound_rows(storage: Storage, shard: ShardInfo, tar: TarRows) -> list[IndexR
         return None
     plain = [replace(row, row=0, captions=()) for row in clips]
     return clips if tar.rows is None or all(row == tar.rows.get(row.key) for row in plain) else None
-
-
-def _drop_damaged(storage: Storage, shard: ShardInfo, done: list[str], dry_run: bool) -> None:
-    """Remove a part that is not what its name says: parts are named by their content, and one that is there is not
-    written again."""
-    match = _PART_HASH.fullmatch(shard.part)
-    name = INDEX_FOLDER + shard.part
-    if match and storage.exists(name) and not hashlib.sha256(storage.read(name)).hexdigest().startswith(match[1]):
-        done.append(f"{name}: removed, its content is not that of its name")
-        if not dry_run:
-            storage.delete(name)

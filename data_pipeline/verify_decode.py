@@ -14,7 +14,7 @@ import torch
 
 from grn_scale.config.schema import Config
 from grn_scale.data.dataset import Dataset
-from grn_scale.data.decode import DecodeRequest, decode_clip
+from grn_scale.data.decode import DecodeError, DecodeRequest, decode_clip
 from grn_scale.data.manifest import Clip, ManifestError, numbered_lines, parse_line
 from grn_scale.data.schema import IndexRow
 from grn_scale.data.shard_writer import BLOCK
@@ -78,9 +78,12 @@ def mean_by_bucket(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _compared(pieces: Iterator[np.ndarray], clip: Clip, dataset: Dataset, config: Config) -> dict[str, Any]:
     first = next(pieces)
     height, width = first.shape[1:3]
-    truth = decode_clip(DecodeRequest(
-        str(clip.path), dataset.info.fps, config.tokenize.max_frames, clip.begin_frame, clip.end_frame, height=height,
-        width=width, flip=clip.flip, member=clip.member)).frames
+    request = DecodeRequest(str(clip.path), dataset.info.fps, config.tokenize.max_frames, clip.begin_frame,
+                            clip.end_frame, height=height, width=width, flip=clip.flip, member=clip.member)
+    try:
+        truth = decode_clip(request).frames
+    except DecodeError as error:
+        raise UserError(f"{request.media} was tokenized, but cannot be decoded here: {error.detail}") from error
     ssim = importlib.util.find_spec("skimage") is not None and min(height, width) >= LEAST_SSIM_SIDE
     found = compare(_chained(first, pieces), truth, ssim=ssim)
     values = {"frames": len(truth), "psnr_db": round(found.psnr_db, 3)}

@@ -257,11 +257,11 @@ def work(config: Config, name: str, retry: bool = False) -> None:
     torch.set_num_threads(settings.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     storage = Storage.of(config.output)
-    tokenizer = load_tokenizer(config.tokenizer.path).to(device)
-    encoder = load_text(config.text, device)
-    text = text_settings(config, encoder)
     with ExitStack() as stack:
-        pool = stack.enter_context(DecodePool.of(settings))
+        pool = stack.enter_context(DecodePool.of(settings))  # its children start up while the models are loaded
+        tokenizer = load_tokenizer(config.tokenizer.path).to(device)
+        encoder = load_text(config.text, device)
+        text = text_settings(config, encoder)
         leases = stack.enter_context(Leases(storage, settings.lease_seconds))
         meter = stack.enter_context(WorkerMeter(storage, name, settings.decode_processes, lambda: pool.busy_seconds))
         job = open_job(storage, Path(config.data.manifest).absolute(), settings, video_settings(config, tokenizer),

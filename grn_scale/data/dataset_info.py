@@ -104,11 +104,9 @@ def snapshots(folder: str | Path | Storage) -> list[str]:
 
 
 def _snapshot_id(info: DatasetInfo) -> str:
-    total = hashlib.sha256()
-    for family, name in _FAMILIES.items():
-        for shard in getattr(info, name):
-            total.update(f"{family} {shard.name} {shard.bytes} {shard.sha256} {shard.part_sha256}\n".encode())
-    return total.hexdigest()
+    """sha256 (hex) over all that the summary holds."""
+    values = dataclasses.asdict(replace(info, format_version=FORMAT_VERSION, samples=0, tokens=0, snapshot=""))
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _read(storage: Storage, name: str, missing: str) -> bytes:

@@ -156,6 +156,6 @@ def _write(folder: str | Path | Storage, shard: ShardInfo, schema: pa.Schema, ro
     digest = hashlib.sha256(data).hexdigest()
     name = f"{Path(shard.name).stem}-{digest[:8]}.parquet"
     storage = Storage.of(folder)
-    if not storage.exists(INDEX_FOLDER + name):
-        storage.write_bytes(INDEX_FOLDER + name, data)
+    if not storage.exists(INDEX_FOLDER + name) or storage.read(INDEX_FOLDER + name) != data:
+        storage.write_bytes(INDEX_FOLDER + name, data)  # new, or in the place of a damaged one
     return replace(shard, part=name, part_sha256=digest)

@@ -2,7 +2,7 @@
 
     python -m grn_scale.perf.encode_alone CONFIG PART PARTS
 
-Takes every PARTS-th clip of the manifest, says "ready" on stdout when all are decoded, and after a line on stdin
+Takes every PARTS-th chunk of the manifest, says "ready" on stdout when all are decoded, and after a line on stdin
 encodes and packs them as a worker does; then it says how many clips it did.
 """
 
@@ -29,7 +29,8 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(config.tokenize.threads)
     tokenizer = load_tokenizer(config.tokenizer.path).to("cuda" if torch.cuda.is_available() else "cpu")
     requests = clip_requests(config, sys.maxsize, Path(config.data.manifest).parent)
-    clips = [decode_clip(request).frames for request in requests[part::parts]]
+    chunk = config.tokenize.shard_samples
+    clips = [decode_clip(request).frames for i, request in enumerate(requests) if i // chunk % parts == part]
     by_shape: dict[tuple[int, ...], list[np.ndarray]] = {}
     for clip in clips:
         by_shape.setdefault(clip.shape, []).append(clip)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import random
 import shutil
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +17,11 @@ import pytest
 from grn_scale.data.dataset import Dataset
 from grn_scale.data.dataset_info import read_dataset_info, snapshot_name, snapshots, write_dataset
 from grn_scale.data_pipeline.index import main
+from grn_scale.data_pipeline.index_repair import repair
 from grn_scale.data_pipeline.verify import find_damage
 from grn_scale.errors import ConfigError, UserError
+from grn_scale.storage import LocalStorage, Storage
+from tests.helpers.mutations import flip, other_digit, replace_all, replace_some
 from tests.helpers.token_dataset import write_tokens
 from tests.helpers.tokenize_setup import captions_of, content, flip_byte, stamps
 
@@ -38,6 +44,28 @@ def age(folder: Path, hours: float) -> None:
     then = time.time() - hours * 3600
     for path in folder.rglob("*"):
         os.utime(path, (then, then))
+
+
+class Killed(BaseException):
+    pass
+
+
+@contextmanager
+def killed_at(moment: int):
+    """Ends what runs in the block as a kill would, before it changes a file for the `moment`th time (from 0)."""
+    changes = itertools.count()
+
+    def counted(change):
+        def counting(*arguments):
+            if next(changes) == moment:
+                raise Killed
+            return change(*arguments)
+        return counting
+
+    with pytest.MonkeyPatch.context() as patched:
+        for owner, name in ((LocalStorage, "write"), (LocalStorage, "create"), (LocalStorage, "delete"), (os, "link")):
+            patched.setattr(owner, name, counted(getattr(owner, name)))
+        yield
 
 
 # build
@@ -123,6 +151,26 @@ def test_damaged_records_and_sums_are_mended(prepared, made, copied, capsys):
     assert captions_of(copied) == captions_of(made) and not list(find_damage(copied))
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_mutated_file_of_the_job_is_refused_or_costs_work_and_nothing_else(prepared, made, copied, seed):
+    for number in range(20 * seed, 20 * seed + 20):
+        draw = random.Random(number)
+        path = draw.choice([*sorted((copied / "chunks").iterdir()), *sorted((copied / "sources").iterdir()),
+                            copied / "manifest.json", copied / "dataset.json"])
+        before = path.read_bytes()
+        path.write_bytes(draw.choice((flip, replace_some, other_digit, replace_all))(draw, before, []))
+        try:
+            repair(Storage.of(copied), dry_run=True)
+        except UserError:
+            pass
+        if number % 20 < 19:
+            path.write_bytes(before)
+    # The last one stays.
+    repair(Storage.of(copied))
+    prepared.run(str(copied))
+    assert not list(find_damage(copied)) and captions_of(copied) == captions_of(made)
+
+
 def test_a_dry_run_changes_nothing(copied, capsys):
     part(copied, "text", 0).unlink()
     flip_byte(part(copied, "video", 1), 60)
@@ -131,7 +179,28 @@ def test_a_dry_run_changes_nothing(copied, capsys):
     found = report(capsys, "repair", copied, "--dry-run")
     assert content(copied) == before and len(found["to_make"]) == 2
     assert main(["repair", str(copied), "--dry-run"]) == 0
-    assert "would be done: index/video-000001" in capsys.readouterr().out
+    assert "would be done: video-000001.tar: gets an index part" in capsys.readouterr().out
+
+
+def test_a_repair_may_be_killed_at_any_moment(prepared, made, copied, tmp_path):
+    flip_byte(copied / "video-000000.tar", 2000)
+    flip_byte(part(copied, "video", 1), 60)
+    part(copied, "text", 1).unlink()
+    flip_byte(copied / "text-000002.tar", 600)
+    for moment in itertools.count():
+        folder = Path(shutil.copytree(copied, tmp_path / f"killed-{moment}"))
+        try:
+            with killed_at(moment):
+                repair(Storage.of(folder))
+            break
+        except Killed:
+            assert Dataset.open(folder, check_files=False).info == read_dataset_info(made)
+            repair(Storage.of(folder))
+            left = repair(Storage.of(folder))
+            assert left.beyond == []
+            shutil.rmtree(folder) if moment % 4 else prepared.run(str(folder))
+            assert moment % 4 or captions_of(folder) == captions_of(made) and not list(find_damage(folder))
+    assert moment > 5
 
 
 def test_without_records_texts_are_mended_and_the_rest_is_named(tmp_path, capsys):
@@ -186,16 +255,21 @@ def test_a_merge_of_copies_to_a_url_is_the_same_dataset(two, tmp_path, capsys):
     assert len(snapshots_found) == 1 and not list(find_damage(url))
 
 
-def test_an_interrupted_merge_goes_on(two, tmp_path, capsys, monkeypatch):
-    output = tmp_path / "c"
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(os, "link", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        main(["merge", *map(str, two), "--output", str(output)])
-    assert not (output / "dataset.json").exists()
-    assert report(capsys, "merge", *two, "--output", output)["samples"] == 48
-    assert not list(find_damage(output))
+def test_a_merge_may_be_killed_at_any_moment_and_goes_on(two, tmp_path, capsys):
+    command = ["merge", *map(str, two), "--output"]
+    for moment in itertools.count(step=3):
+        output = tmp_path / f"killed-{moment}"
+        try:
+            with killed_at(moment):
+                main([*command, str(output)])
+            break
+        except Killed:
+            assert not (output / "dataset.json").exists()
+            assert main([*command, str(output)]) == 0
+            assert moment % 2 or not list(find_damage(output))
+    assert moment > 15
     with pytest.raises(UserError, match="finished already"):
-        main(["merge", *map(str, two), "--output", str(output)])
+        main([*command, str(output)])
     with pytest.raises(UserError, match="another merge"):
         main(["merge", str(two[0]), str(two[0]), "--output", str(output)])
 
@@ -245,6 +319,25 @@ def test_gc_keeps_what_the_kept_snapshots_need_and_nothing_else(tmp_path, capsys
         name for name in before if "snapshot-" in name and name != snapshot_name(read_dataset_info(tmp_path).snapshot)}
     assert not list(find_damage(tmp_path)) and Dataset.open(tmp_path).info.samples == 32
     assert report(capsys, "gc", tmp_path)["removed"] == []
+
+
+def test_gc_may_be_killed_at_any_moment(tmp_path):
+    for shard in range(2):
+        write_tokens(tmp_path / "all", (shard,))
+    info = read_dataset_info(tmp_path / "all")
+    write_dataset(tmp_path / "all", replace(info, video_shards=info.video_shards[1:]))
+    age(tmp_path / "all", 30)
+    for moment in itertools.count():
+        folder = Path(shutil.copytree(tmp_path / "all", tmp_path / f"killed-{moment}"))
+        try:
+            with killed_at(moment):
+                main(["gc", str(folder)])
+            break
+        except Killed:
+            assert not list(find_damage(folder))
+            assert main(["gc", str(folder)]) == 0
+            assert len(list(folder.glob("*.tar"))) == 3 and not list(find_damage(folder))
+    assert moment == 4  # two snapshots, a part and a tar
 
 
 def test_gc_keeps_as_many_snapshots_as_it_is_told(tmp_path, capsys):

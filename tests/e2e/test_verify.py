@@ -36,6 +36,9 @@ def test_verify_passes_a_sound_dataset_and_decodes_samples(prepared, made, capsy
         assert -1 <= sample["ssim"] <= 1
         assert 0 < sample["psnr_db"] < 60 and len(sample["bit_entropy_by_round"]) == 4
         assert all(0 <= entropy <= 1 for entropy in sample["bit_entropy_by_round"])
+    assert verify.main([str(made), *settings, "--decode", "1", "--json"]) == 0
+    (sample,) = json.loads(capsys.readouterr().out)["decoded"]
+    assert sample["frames"] == 9 and "psnr_db" not in sample
 
 
 def test_verify_names_a_corrupt_byte(copied, capsys):
@@ -114,14 +117,14 @@ def test_a_text_that_the_video_index_needs_must_be_there_with_its_length(tmp_pat
 
 def test_a_dataset_behind_a_url_is_verified_like_a_local_one(tmp_path, capsys):
     url = f"memory://{tmp_path.name}/tokens"
-    info = write_tokens(url, (0, 1))
+    write_tokens(url, (0, 1))
     assert verify.main([url, "--threads", "2"]) == 0
-    storage = Storage.of(url)
+    storage, row = Storage.of(url), Dataset.open(url).locate(20)
     data = bytearray(storage.read("video-000001.tar"))
-    data[600] ^= 1
+    data[row.offset] ^= 1
     storage.write_bytes("video-000001.tar", bytes(data))
-    found = {damage.where for damage in verify.find_damage(url)}
-    assert found == {"video-000001.tar", f"video-000001.tar: sample {Dataset(storage, info).locate(16).key}"}
+    assert {damage.where for damage in verify.find_damage(url)} == {
+        "video-000001.tar", f"video-000001.tar: sample {row.key}"}
 
 
 def test_flipped_clips_and_members_of_tars_are_compared_with_their_source(prepared, capsys):
