@@ -9,7 +9,7 @@ import json
 import logging
 from collections import Counter
 
-from grn_scale.data.dataset_info import write_dataset
+from grn_scale.data.dataset_info import read_dataset_info, write_dataset
 from grn_scale.data.schema import DatasetInfo, TextRef
 from grn_scale.data_pipeline.job import Job
 from grn_scale.data_pipeline.records import Records
@@ -31,6 +31,21 @@ def write_quarantine(job: Job, records: Records) -> Counter[str]:
             shown = {name: line[name] for name in ("line", "id", "path", "reason", "detail")}
             stream.write(f"{json.dumps(shown, ensure_ascii=False)}\n".encode(errors="backslashreplace"))
     return reasons
+
+
+def finished_dataset(job: Job, records: Records) -> DatasetInfo | None:
+    """The dataset of the folder where it is that of the finished chunks already; else None."""
+    try:
+        info = read_dataset_info(job.storage)
+    except UserError as error:
+        log.debug("%s", error)
+        return None
+    finished = records.of_job(job.digests)
+    made = {(shard.name, shard.sha256) for record in finished for shard in record.shards}
+    texts = [record.text.name for record in finished if record.text]
+    same = ([shard.name for shard in info.text_shards] == texts and len(finished) == len(job.chunks)
+            and {(shard.name, shard.sha256) for shard in (*info.video_shards, *info.text_shards)} <= made)
+    return info if same else None
 
 
 def finish(job: Job, records: Records, texts: TextTokenizer) -> DatasetInfo:

@@ -32,18 +32,20 @@ from grn_scale.config.schema import Config
 from grn_scale.data.schema import DatasetInfo
 from grn_scale.data_pipeline.caption_sample import sample_captions
 from grn_scale.data_pipeline.estimate import estimate_texts
-from grn_scale.data_pipeline.finish import finish, write_quarantine
+from grn_scale.data_pipeline.finish import finish, finished_dataset, write_quarantine
 from grn_scale.data_pipeline.fleet import fleet_status, run_workers, shown
-from grn_scale.data_pipeline.job import Job, claim_folder, open_job
+from grn_scale.data_pipeline.job import POLL_SECONDS, Job, claim_folder, open_job
 from grn_scale.data_pipeline.leases import Leases
 from grn_scale.data_pipeline.records import Records
 from grn_scale.data_pipeline.settings import text_settings, video_settings
 from grn_scale.errors import ConfigError
 from grn_scale.storage import LocalStorage, Storage
 from grn_scale.tokenizer import load_tokenizer
-from grn_scale.tokenizer.text import load_text_tokenizer
+from grn_scale.tokenizer.text import TextTokenizer, load_text_tokenizer
 
 log = logging.getLogger(__name__)
+
+FINISH_LEASE = "finish"
 
 
 def tokenize(config: Config, *, retry_quarantined: bool = False) -> dict[str, Any]:
@@ -83,7 +85,7 @@ def tokenize(config: Config, *, retry_quarantined: bool = False) -> dict[str, An
         finally:
             records.refresh()
             quarantined = _quarantine(job, records)
-        info = finish(job, records, texts)
+        info = _finish(job, records, texts, leases)
         return _summary(job, records, info, before, quarantined, began)
 
 
@@ -111,6 +113,19 @@ def _quarantine(job: Job, records: Records) -> Counter[str]:
     return reasons
 
 
+def _finish(job: Job, records: Records, texts: TextTokenizer, leases: Leases) -> DatasetInfo:
+    """The finished dataset, put together by one process of the fleet."""
+    waited = False
+    while not leases.claim(FINISH_LEASE):
+        waited = True
+        time.sleep(POLL_SECONDS)
+    try:
+        info = finished_dataset(job, records) if waited else None
+        return info or finish(job, records, texts)
+    finally:
+        leases.release(FINISH_LEASE)
+
+
 def _summary(job: Job, records: Records, info: DatasetInfo, before: set[int], quarantined: Counter[str],
              began: float) -> dict[str, Any]:
     kept = [record for record in records.of_job(job.digests) if record.number in before]
@@ -134,7 +149,12 @@ def main(argv: list[str]) -> int:
         schema=SCHEMAS)
     parser.add_argument("--retry-quarantined", action="store_true",
                         help="decode clips again that failed in an earlier run (their whole shards are made anew)")
+    parser.add_argument("--max-bad", type=float, metavar="FRACTION",
+                        help="stop with exit code 78 when more of the manifest gives no sample; short for "
+                        "tokenize.max_bad_fraction")
     config, options = parser.parse_command(argv)
+    if options.max_bad is not None:
+        config = replace(config, tokenize=replace(config.tokenize, max_bad_fraction=options.max_bad))
     start_logging()
     summary = tokenize(config, retry_quarantined=options.retry_quarantined)
     print(json.dumps(summary, indent=1) if options.json else _table(summary))

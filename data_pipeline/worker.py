@@ -43,7 +43,7 @@ from grn_scale.data_pipeline.leases import Leases
 from grn_scale.data_pipeline.meter import WorkerMeter
 from grn_scale.data_pipeline.records import ChunkRecord, Records, SourcesRecord
 from grn_scale.data_pipeline.settings import load_text, text_settings, video_settings
-from grn_scale.errors import EXIT_FAILED, DoNotRequeue
+from grn_scale.errors import EXIT_FAILED, DoNotRequeue, UserError
 from grn_scale.storage import Storage
 from grn_scale.tokenizer import load_tokenizer
 
@@ -66,6 +66,8 @@ class PlannedChunk:
     video_from: str
     kept: ChunkRecord | None
     """An earlier record whose video shard is as good as a new one."""
+    kept_clips: list[StoredClip]
+    """The clips in that shard."""
     retries: int
     """Times that clips which had failed were tried again, this time included."""
 
@@ -148,15 +150,20 @@ class Worker:
                 kept, retries = record, record.retries
         if number in self._to_retry and kept:
             kept, retries = None, retries + 1
+        kept_clips: list[StoredClip] = []
+        try:
+            kept_clips = _stored(job.storage, kept.video) if kept else []
+        except UserError as error:
+            log.warning("a finished video shard is made anew: %s", error)
+            kept = None
         return PlannedChunk(number, tuple(sources), clips, SourcesRecord(contents, before.bad), video_from, kept,
-                            retries)
+                            kept_clips, retries)
 
     def _make(self, chunk: PlannedChunk, decoded: Iterator) -> None:
         job, number = self._job, chunk.number
         self._check_budget(chunk, {})
         if chunk.kept:
-            video, failed = chunk.kept.video, self._known_problems(chunk)
-            clips = _stored(job.storage, video)
+            video, failed, clips = chunk.kept.video, self._known_problems(chunk), chunk.kept_clips
         else:
             name = job.shard_name("video", number, [chunk.video_from, chunk.retries])
             video, clips, failed = self._videos.make(job.storage / name, chunk.clips, decoded)
@@ -193,10 +200,8 @@ class Worker:
         if not texts:
             return None, {}, text_from
         for record in self._records.of_number(number):
-            if record.text_from == text_from and record.text is not None:
-                table = read_table(job.storage, record.text, TEXT_SCHEMA)
-                return record.text, {key: TextRef(key, tokens, record.text.name) for key, tokens in zip(
-                    table["key"].to_pylist(), table["tokens"].to_pylist())}, text_from
+            if record.text_from == text_from and (entries := _stored_texts(job.storage, record.text)):
+                return record.text, entries, text_from
         name = job.shard_name("text", number, [text_from])
         shard, rows = self._texts.make(job.storage / name, texts)
         shard = write_text_part(job.storage, shard, rows)
@@ -227,6 +232,19 @@ def _stored(storage: Storage, video: ShardInfo | None) -> list[StoredClip]:
         return []
     return [StoredClip(row.key, row.offset, row.length, row.xxh3, row.thw, row.ratio_key)
             for row in read_video_part(storage, video, 0, 0)]
+
+
+def _stored_texts(storage: Storage, text: ShardInfo | None) -> dict[str, TextRef]:
+    """Entries of a finished text shard by key; none where its index part cannot be read."""
+    if text is None:
+        return {}
+    try:
+        table = read_table(storage, text, TEXT_SCHEMA)
+    except UserError as error:
+        log.warning("a finished text shard is made anew: %s", error)
+        return {}
+    return {key: TextRef(key, tokens, text.name)
+            for key, tokens in zip(table["key"].to_pylist(), table["tokens"].to_pylist())}
 
 
 def _captions(sources: Sequence[Source]) -> dict[str, dict[tuple[str, str], None]]:
