@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from grn_scale.config.data_schema import TokenizeConfig
 from grn_scale.data.decode import DecodedClip, DecodeError, DecodeRequest
-from grn_scale.data.schema import ShardInfo
+from grn_scale.data.schema import IndexRow, ShardInfo
 from grn_scale.data.shard_writer import ShardWriter, write_shard
 from grn_scale.data_pipeline.chunks import Problem, Source, VideoSettings
 from grn_scale.data_pipeline.meter import WorkerMeter
@@ -26,18 +25,6 @@ from grn_scale.tokenizer.video import VideoTokenizer
 WAITING_BYTES = 1 << 30
 """Decoded frames that may wait for others of their shape; above it the fullest batch runs as it is."""
 UNWRITTEN_BATCHES = 2
-
-
-@dataclass(frozen=True)
-class StoredClip:
-    """Index row of a clip without the captions."""
-
-    key: str
-    offset: int
-    length: int
-    xxh3: int
-    thw: tuple[int, int, int]
-    ratio_key: float
 
 
 class VideoShards:
@@ -59,13 +46,14 @@ class VideoShards:
 
     def make(self, path: str, sources: Mapping[str, Source],
              decoded: Iterator[tuple[DecodeRequest, DecodedClip | DecodeError]],
-             ) -> tuple[ShardInfo | None, list[StoredClip], dict[str, Problem]]:
-        """The shard of the clips (key -> line), rows in the order of its tar, and by key what could not be decoded.
+             ) -> tuple[ShardInfo | None, list[IndexRow], dict[str, Problem]]:
+        """The shard of the clips (key -> line), its index rows (without captions) in the order of the tar, and by key
+        what could not be decoded.
 
         decoded: gives the result of each clip in order. No file is made, and None is given, where no clip is left.
         """
         bad: dict[str, Problem] = {}
-        rows: list[StoredClip] = []
+        rows: list[IndexRow] = []
         batches = self._encoded(sources, decoded, bad)
         first = next(batches, None)
         if first is None:
@@ -104,7 +92,7 @@ class VideoShards:
         return bits
 
     def _store(self, writer: ShardWriter, batch: list[tuple[Source, DecodedClip]],
-               encoded: list[torch.Tensor]) -> list[StoredClip]:
+               encoded: list[torch.Tensor]) -> list[IndexRow]:
         rows = []
         with self._meter.timed("write"):
             for (source, clip), bits in zip(batch, encoded):
@@ -116,7 +104,8 @@ class VideoShards:
                                     "ratio_key": clip.ratio_key},
                          "source": clip.provenance}
                 payload = writer.add_video(source.key, pack_bits(bits), about)
-                rows.append(StoredClip(source.key, payload.offset, payload.length, payload.xxh3, thw, clip.ratio_key))
+                rows.append(IndexRow(0, 0, source.key, payload.offset, payload.length, payload.xxh3, thw,
+                                     clip.ratio_key, (), source.clip.class_id))
         return rows
 
 

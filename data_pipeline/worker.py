@@ -37,7 +37,7 @@ from grn_scale.data.manifest_chunks import read_chunk
 from grn_scale.data.schema import IndexRow, ShardInfo, TextRef
 from grn_scale.data_pipeline.chunks import Problem, Source, digest, distinct, find_sources, made_from
 from grn_scale.data_pipeline.encode_texts import TextShards
-from grn_scale.data_pipeline.encode_videos import StoredClip, VideoShards
+from grn_scale.data_pipeline.encode_videos import VideoShards
 from grn_scale.data_pipeline.job import Job, open_job
 from grn_scale.data_pipeline.leases import Leases
 from grn_scale.data_pipeline.meter import WorkerMeter
@@ -66,7 +66,7 @@ class PlannedChunk:
     video_from: str
     kept: ChunkRecord | None
     """An earlier record whose video shard is as good as a new one."""
-    kept_clips: list[StoredClip]
+    kept_rows: list[IndexRow]
     """The clips in that shard."""
     retries: int
     """Times that clips which had failed were tried again, this time included."""
@@ -150,32 +150,32 @@ class Worker:
                 kept, retries = record, record.retries
         if number in self._to_retry and kept:
             kept, retries = None, retries + 1
-        kept_clips: list[StoredClip] = []
+        kept_rows: list[IndexRow] = []
         try:
-            kept_clips = _stored(job.storage, kept.video) if kept else []
+            if kept and kept.video:
+                kept_rows = read_video_part(job.storage, kept.video, 0, 0)
         except UserError as error:
             log.warning("a finished video shard is made anew: %s", error)
             kept = None
         return PlannedChunk(number, tuple(sources), clips, SourcesRecord(contents, before.bad), video_from, kept,
-                            kept_clips, retries)
+                            kept_rows, retries)
 
     def _make(self, chunk: PlannedChunk, decoded: Iterator) -> None:
         job, number = self._job, chunk.number
         self._check_budget(chunk, {})
         if chunk.kept:
-            video, failed, clips = chunk.kept.video, self._known_problems(chunk), chunk.kept_clips
+            video, failed, rows = chunk.kept.video, self._known_problems(chunk), chunk.kept_rows
         else:
             name = job.shard_name("video", number, [chunk.video_from, chunk.retries])
-            video, clips, failed = self._videos.make(job.storage / name, chunk.clips, decoded)
+            video, rows, failed = self._videos.make(job.storage / name, chunk.clips, decoded)
             self._check_budget(chunk, failed)
         captions = _captions(chunk.sources)
-        text, entries, text_from = self._text(number, [(clip.thw[0], [text for _, text in captions[clip.key]])
-                                                       for clip in clips])
+        text, entries, text_from = self._text(number, [(row.thw[0], [text for _, text in captions[row.key]])
+                                                       for row in rows])
         if video is not None:
-            rows = [IndexRow(0, place, clip.key, clip.offset, clip.length, clip.xxh3, clip.thw, clip.ratio_key,
-                             tuple(self._texts.caption(kind, text, clip.thw[0], entries)
-                                   for kind, text in captions[clip.key]), chunk.clips[clip.key].clip.class_id)
-                    for place, clip in enumerate(clips)]
+            rows = [dataclasses.replace(row, captions=tuple(
+                self._texts.caption(kind, text, row.thw[0], entries) for kind, text in captions[row.key]))
+                for row in rows]
             video = write_video_part(job.storage, video, rows, self._texts.empty_tokens)
         bad = _bad_lines(chunk.sources, failed)
         self._records.write_sources(number, SourcesRecord(chunk.sources_record.contents, bad))
@@ -225,13 +225,6 @@ class Worker:
 
 def _lease(number: int) -> str:
     return f"{number:06d}"
-
-
-def _stored(storage: Storage, video: ShardInfo | None) -> list[StoredClip]:
-    if video is None:
-        return []
-    return [StoredClip(row.key, row.offset, row.length, row.xxh3, row.thw, row.ratio_key)
-            for row in read_video_part(storage, video, 0, 0)]
 
 
 def _stored_texts(storage: Storage, text: ShardInfo | None) -> dict[str, TextRef]:

@@ -36,6 +36,10 @@ class ChildFailed(Exception):
     """The child gave no answer and must be closed; the text tells what happened."""
 
 
+class ChildGone(ChildFailed):
+    """The child ended by itself or was ended by others."""
+
+
 class ChildLate(ChildFailed):
     """The child did not answer in time."""
 
@@ -79,7 +83,7 @@ class DecodeChild:
         try:
             self.process.stdin.write(json.dumps({**request, "number": self._number}).encode() + b"\n")
         except BrokenPipeError as error:
-            raise ChildFailed("it ended before it was asked") from error
+            raise ChildGone("it ended before it was asked") from error
         reply = self._message(deadline)
         if reply.get("number") != self._number:
             raise ChildFailed(f"it sent something that is no reply: {str(reply)[:80]!r}")
@@ -107,7 +111,7 @@ class DecodeChild:
             raise ChildLate("it did not answer in time")
         data = os.read(pipe, READ_BYTES)
         if not data:
-            raise ChildFailed("it ended")
+            raise ChildGone("it ended")
         return data
 
     def _read_frames(self, shape: list[int]) -> np.ndarray:

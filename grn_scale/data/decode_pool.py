@@ -24,11 +24,12 @@ import numpy as np
 
 from grn_scale.config.data_schema import TokenizeConfig
 from grn_scale.data.decode import DecodedClip, DecodeError, DecodeRequest, Media, VideoInfo
-from grn_scale.data.decode_child import ChildFailed, ChildLate, DecodeChild
+from grn_scale.data.decode_child import ChildFailed, ChildGone, ChildLate, DecodeChild
 from grn_scale.errors import UserError
 
-STARTS = 3
-"""A child may be killed while it starts; one after the other that does not start has another reason."""
+ATTEMPTS = 3
+"""Children that are given one request: one may be killed from outside, which says nothing about the clip, but one after
+the other has another reason, as where one after the other does not start."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -140,7 +141,7 @@ class DecodePool:
 
     def _ask(self, question: dict[str, Any], media: Media) -> tuple[dict[str, Any], np.ndarray | None]:
         """A child's reply and the frames that come with it; where the child fails, the reason as a reply."""
-        for _ in range(STARTS):
+        for attempt in range(1, ATTEMPTS + 1):
             if self._closing:
                 return {"reason": "crashed", "detail": f"{media}: given up"}, None
             child = self._idle.get()
@@ -149,7 +150,8 @@ class DecodePool:
                 answer = child.ask(question)
             except ChildFailed as failure:
                 status = self._replace(child)
-                if child.ready:
+                killed = isinstance(failure, ChildGone) and status == -signal.SIGKILL and not child.out_of_memory
+                if child.ready and not (killed and attempt < ATTEMPTS):
                     return self._reason(child, failure, status, media), None
             except BaseException:  # a child left in the middle of a reply must not be asked again
                 self._replace(child)
@@ -163,7 +165,7 @@ class DecodePool:
             finally:
                 with self._counting:
                     self.busy_seconds += time.monotonic() - began
-        raise UserError(f"{STARTS} decoding processes in turn did not start (exit status {status}); "
+        raise UserError(f"{ATTEMPTS} decoding processes in turn did not start (exit status {status}); "
                         f"`{sys.executable} -m grn_scale.data.decode_worker 1 60 {self.memory_megabytes} < /dev/null` "
                         "shows why, `grn-scale doctor` what is missing")
 
