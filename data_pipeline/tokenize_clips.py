@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from grn_scale.atomic import remove_leftovers
 from grn_scale.command_line import CommandParser, config_yaml, run, start_logging
 from grn_scale.config.check import check_output, check_set
 from grn_scale.config.class_schema import SCHEMAS
@@ -124,6 +125,9 @@ def _finish(job: Job, records: Records, texts: TextTokenizer, leases: Leases) ->
         return info or finish(job, records, texts)
     finally:
         leases.release(FINISH_LEASE)
+        if isinstance(job.storage, LocalStorage):
+            for name in ("", "index", "chunks", "sources", "leases", "workers"):
+                remove_leftovers(job.storage.path(name))
 
 
 def _summary(job: Job, records: Records, info: DatasetInfo, before: set[int], quarantined: Counter[str],

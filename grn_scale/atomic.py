@@ -17,7 +17,7 @@ from grn_scale.errors import UserError
 
 PARTIAL = ".partial"
 """Ends the name of what is still being written."""
-_LEFTOVER = re.compile(r"(?P<name>.+)\.[A-Za-z0-9-]*-\d+-\d+" + re.escape(PARTIAL))
+_LEFTOVER = re.compile(r"(?P<name>.+)\.(?P<host>[A-Za-z0-9-]*)-(?P<pid>\d+)-\d+" + re.escape(PARTIAL))
 _HOST = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
 _writes = itertools.count()
 DISK_FULL = {errno.ENOSPC: "no space left on the device", errno.EDQUOT: "the disk quota is spent",
@@ -53,6 +53,24 @@ def intended_name(name: str) -> str:
     """Name that a file was to get which a killed writer left behind; any other name as it is."""
     leftover = _LEFTOVER.fullmatch(name)
     return leftover["name"] if leftover else name
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Remove what writers of this machine that were killed left in a folder; other machines' files stay."""
+    for path in Path(folder).glob(f"*{PARTIAL}"):
+        leftover = _LEFTOVER.fullmatch(path.name)
+        if leftover and leftover["host"] == _HOST and not _alive(int(leftover["pid"])):
+            path.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True  # somebody else's
+    return True
 
 
 def append_line(path: str | Path, line: str) -> None:

@@ -94,7 +94,6 @@ def storm(setup: TokenizeSetup, wanted: dict[str, bytes], kills: int, seed: int)
             assert job.returncode in (0, 1, -signal.SIGKILL)
         done["runs"] += 1
         assert content(setup.root / output) == wanted
-        assert not [name for name in wanted if name.endswith(".partial")]
     return done
 
 
@@ -107,7 +106,7 @@ def check(root: Path, clips: int, kills: int, seed: int) -> dict[str, int]:
 
 
 def test_a_few_kills_change_nothing(tmp_path):
-    check(tmp_path, clips=24, kills=3, seed=0)
+    check(tmp_path, clips=16, kills=2, seed=0)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from grn_scale import atomic
-from grn_scale.atomic import atomic_file, intended_name
+from grn_scale.atomic import atomic_file, intended_name, remove_leftovers
 from grn_scale.data.shard_writer import write_shard
 from grn_scale.errors import UserError
 
@@ -57,3 +57,16 @@ def test_a_file_size_limit_is_the_same_error(tmp_path):
                           preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit), timeout=120)
     assert done.returncode == 1 and "UserError: cannot write" in done.stderr and "size limit" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_leftovers_of_killed_writers_of_this_machine_go_and_others_stay(tmp_path):
+    code = ("import os, sys\nfrom grn_scale.atomic import atomic_file\n"
+            "with atomic_file(sys.argv[1]) as stream:\n    stream.write(b'half')\n    os._exit(1)")
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.tar")], check=False, timeout=60)
+    assert len(list(tmp_path.iterdir())) == 1
+    (tmp_path / "b.tar.elsewhere-1-0.partial").write_bytes(b"")
+    (tmp_path / "mine.partial").write_bytes(b"")
+    with atomic_file(tmp_path / "c.tar"):
+        remove_leftovers(tmp_path)
+        assert len(list(tmp_path.iterdir())) == 3
+    assert {path.name for path in tmp_path.iterdir()} == {"b.tar.elsewhere-1-0.partial", "mine.partial", "c.tar"}
