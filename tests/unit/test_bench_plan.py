@@ -33,6 +33,6 @@ def test_every_figure_is_reported_by_a_process_of_its_own():
 
 
 def test_a_measurement_that_fails_is_an_error(monkeypatch):
-    monkeypatch.setattr("sys.executable", "false")
+    monkeypatch.setattr("sys.executable", "/bin/false")
     with pytest.raises(UserError, match="ended with exit code 1"):
         bench_plan.bench_plan(1)
