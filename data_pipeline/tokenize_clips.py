@@ -60,7 +60,7 @@ def tokenize(config: Config, *, retry_quarantined: bool = False) -> dict[str, An
     check_set(config, "data.manifest", "output", "text.encoder")
     storage, manifest = Storage.of(config.output), Path(config.data.manifest).absolute()
     if isinstance(storage, LocalStorage):
-        check_output(config.output)
+        check_output(storage.location)
     tokenizer = load_tokenizer(config.tokenizer.path)
     texts = load_text_tokenizer(config.text.encoder, config.text.max_tokens)
     _check_model(config, tokenizer.latent_channels, texts.hidden_size)
