@@ -129,7 +129,7 @@ def fleet_status(job: Job, records: Records, began: float) -> dict[str, Any]:
             "workers": sum(values["state"] == "working" for values in workers),
             "clips": sum(values["clips"] for values in workers), "frames": sum(values["frames"] for values in workers),
             **rates, "occupancy": occupancy,
-            "bottleneck": max(occupancy, key=occupancy.get) if wall else None,
+            "bottleneck": max(occupancy, key=occupancy.get) if any(busy.values()) else None,
             "seconds": {name: round(sum(values["seconds"].get(name, 0.0) for values in workers), 3)
                         for name in sorted({name for values in workers for name in values["seconds"]})},
             "seconds_left": round(seconds_left, 1) if seconds_left is not None else None}
@@ -164,8 +164,11 @@ def shown(job: Job, records: Records, began: float) -> Iterator[None]:
 
     def keep_up() -> None:
         while not stop.wait(REFRESH_SECONDS):
-            records.refresh()
-            update("running")
+            try:
+                records.refresh()
+                update("running")
+            except OSError as error:  # the work goes on without its display
+                log.warning("the display is out of date: %s", error)
 
     thread = threading.Thread(target=keep_up, name="show-fleet", daemon=True)
     state = "stopped"

@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 JOB_FILE = "tokenize.json"
 MANIFEST_FILE = "manifest.json"
+GENERATION_FILE = "generation"
+"""Holds the job that is being worked on: two with other settings would undo each other's work."""
 SCAN_LEASE = "manifest"
 POLL_SECONDS = 0.5
 
@@ -50,6 +52,17 @@ class Job:
         """Manifest lines in all, blank ones left out."""
         return sum(chunk.clips for chunk in self.chunks)
 
+    @property
+    def generation(self) -> str:
+        """Names the manifest and all settings of this job."""
+        return digest(list(self.digests))
+
+    def check_generation(self) -> None:
+        """UserError where another command has begun to work in the folder with another manifest or other settings."""
+        if self.storage.read(GENERATION_FILE) != self.generation.encode():
+            raise UserError("output: another `grn-scale tokenize` with another manifest or other settings has begun to "
+                            f"work in {self.storage.location}; wait for it and start again, or give another folder")
+
     def shard_name(self, family: str, number: int, made_from: list[Any]) -> str:
         """Name of a new shard of a chunk: video-000012.tar, with a hash where that is in use by a finished dataset."""
         plain = f"{family}-{number:06d}.tar"
@@ -66,6 +79,11 @@ def open_job(storage: Storage, manifest: Path, config: TokenizeConfig, video: Vi
     common = [str(manifest.parent), dataclasses.asdict(video), dataclasses.asdict(text), config.allow_empty_captions]
     digests = tuple(digest([chunk.sha256, *common]) for chunk in chunks)
     return Job(storage, manifest, chunks, video, text, digests, _kept_shards(storage))
+
+
+def begin_generation(job: Job) -> None:
+    """From now on workers of other jobs in the folder stop at their next chunk."""
+    job.storage.write_bytes(GENERATION_FILE, job.generation.encode())
 
 
 def claim_folder(storage: Storage, video: VideoSettings, shard_samples: int, text_states: str) -> str:

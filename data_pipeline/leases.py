@@ -20,6 +20,7 @@ import time
 import uuid
 from types import TracebackType
 
+from grn_scale.errors import UserError
 from grn_scale.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -57,19 +58,22 @@ class Leases:
             self.release(name)
 
     def claim(self, name: str) -> bool:
-        """Whether the piece of work called `name` is now this process's. OSError where the storage fails."""
+        """Whether the piece of work called `name` is now this process's. False too where the storage fails."""
         if name in self._held:
             return False
         path = FOLDER + name
-        if not self._storage.create(path, self._claim()):
-            try:
-                current = self._storage.read(path)
-            except FileNotFoundError:
-                return False  # given back just now; the next look finds it done or free
-            if not self._left_behind(name, current):
+        try:
+            if self._storage.exists(path):  # much cheaper than to try a creation that fails
+                if not self._left_behind(name, self._storage.read(path)):
+                    return False
+                log.info("taking over %s from a process that is gone", name)
+                self._storage.write_bytes(path, self._claim())
+            elif not self._storage.create(path, self._claim()):
                 return False
-            log.info("taking over %s from a process that is gone", name)
-            self._storage.write_bytes(path, self._claim())
+        except OSError as error:
+            # Given back or renewed while we looked, or the file system is at odds with itself: the next look tells.
+            log.debug("%s: %s", path, error)
+            return False
         with self._lock:
             self._held.add(name)
         self._seen.pop(name, None)
@@ -110,7 +114,7 @@ class Leases:
                 for name in self._held:
                     try:
                         self._storage.write_bytes(FOLDER + name, self._claim())
-                    except OSError as error:
+                    except (OSError, UserError) as error:  # a full disk too: the claim may be lost, the work is not
                         log.warning("cannot renew the claim of %s: %s", name, error)
 
 

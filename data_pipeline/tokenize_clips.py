@@ -35,7 +35,7 @@ from grn_scale.data_pipeline.caption_sample import sample_captions
 from grn_scale.data_pipeline.estimate import estimate_texts
 from grn_scale.data_pipeline.finish import finish, finished_dataset, write_quarantine
 from grn_scale.data_pipeline.fleet import fleet_status, run_workers, shown
-from grn_scale.data_pipeline.job import POLL_SECONDS, Job, claim_folder, open_job
+from grn_scale.data_pipeline.job import POLL_SECONDS, Job, begin_generation, claim_folder, open_job
 from grn_scale.data_pipeline.leases import Leases
 from grn_scale.data_pipeline.records import Records
 from grn_scale.data_pipeline.settings import text_settings, video_settings
@@ -58,6 +58,9 @@ def tokenize(config: Config, *, retry_quarantined: bool = False) -> dict[str, An
     `tokenize.max_bad_fraction`; quarantine.jsonl is written in that case too.
     """
     check_set(config, "data.manifest", "output", "text.encoder")
+    if "://" in config.data.manifest:
+        raise ConfigError(f"data.manifest is {config.data.manifest!r}, but manifests and clips are read from files: "
+                          "give a path")
     storage, manifest = Storage.of(config.output), Path(config.data.manifest).absolute()
     if isinstance(storage, LocalStorage):
         check_output(storage.location)
@@ -76,6 +79,7 @@ def tokenize(config: Config, *, retry_quarantined: bool = False) -> dict[str, An
     with ExitStack() as stack:
         leases = stack.enter_context(Leases(storage, config.tokenize.lease_seconds))
         job = open_job(storage, manifest, config.tokenize, video, text_settings(config, texts), leases)
+        begin_generation(job)
         records = Records(storage)
         records.refresh()
         records.drop_incomplete()

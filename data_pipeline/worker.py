@@ -50,7 +50,10 @@ from grn_scale.tokenizer import load_tokenizer
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
-"""Pause before looking again where all chunks that are left belong to other workers."""
+LONGEST_POLL_SECONDS = 15.0
+"""Pause before looking again where all chunks that are left belong to other workers, for long leases."""
+PASSING_REASONS = frozenset(("missing", "unreadable"))
+"""Reasons of lines without a sample that may be gone at the next run: a mount that was not there."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,10 @@ class Worker:
         """retry: make chunks anew that lack a clip whose decoding failed in an earlier run."""
         self._job, self._config, self._records, self._leases = job, config, records, leases
         self._videos, self._texts, self._pool, self._meter = videos, texts, pool, meter
-        self._to_retry = {record.number: record for record in self._finished() if record.failed} if retry else {}
+        # What was missing or unreadable may have come back, at the cost of a look; decoding again has to be asked for.
+        self._retry = retry
+        self._to_retry = {record.number: record for record in self._finished()
+                          if (retry and record.failed) or record.bad.keys() & PASSING_REASONS}
         self._ample = True
 
     def run(self) -> None:
@@ -99,7 +105,7 @@ class Worker:
                 self._leases.release(_lease(chunk.number))
                 made += 1
             if not made:
-                time.sleep(POLL_SECONDS)
+                time.sleep(min(LONGEST_POLL_SECONDS, self._config.tokenize.lease_seconds / 4))
             self._records.refresh()
 
     def _finished(self) -> list[ChunkRecord]:
@@ -120,24 +126,29 @@ class Worker:
                 ahead = ahead or planner.submit(self._claim_one)
 
     def _claim_one(self) -> PlannedChunk | None:
+        self._job.check_generation()
         self._records.refresh()
         claimed = self._leases.claimed()
         left = self._unfinished()
         free = [number for number in left if _lease(number) not in claimed]
         self._ample = len(free) > len(claimed)
         # Workers that start together begin at different chunks.
-        begin = zlib.crc32(f"{socket.gethostname()} {os.getpid()}".encode()) % max(1, len(free)) if claimed else 0
+        begin = zlib.crc32(f"{socket.gethostname()} {os.getpid()}".encode()) % max(1, len(free))
         for number in (*free[begin:], *free[:begin], *(number for number in left if _lease(number) in claimed)):
             if not self._leases.claim(_lease(number)):
                 continue
             self._records.refresh()
             if number in self._unfinished():
                 with self._meter.timed("hash"):
-                    return self._plan(number)
+                    chunk = self._plan(number)
+                if chunk is not None:
+                    return chunk
+                self._to_retry.pop(number)
             self._leases.release(_lease(number))
         return None
 
-    def _plan(self, number: int) -> PlannedChunk:
+    def _plan(self, number: int) -> PlannedChunk | None:
+        """What is to be done for a claimed chunk; None where it is finished and nothing has come back since."""
         job = self._job
         lines = read_chunk(job.manifest, job.chunks[number],
                            allow_empty_captions=self._config.tokenize.allow_empty_captions)
@@ -148,8 +159,11 @@ class Worker:
         for record in self._records.of_number(number):
             if record.video_from == video_from:
                 kept, retries = record, record.retries
-        if number in self._to_retry and kept:
-            kept, retries = None, retries + 1
+        if number in self._to_retry:
+            before_retry = self._to_retry[number]
+            if kept and not (self._retry and kept.failed):
+                return None
+            kept, retries = None, before_retry.retries + 1
         kept_rows: list[IndexRow] = []
         try:
             if kept and kept.video:

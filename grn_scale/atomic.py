@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 from grn_scale.errors import UserError
 
+BLOCK_BYTES = 1 << 20
 PARTIAL = ".partial"
 """Ends the name of what is still being written."""
 _LEFTOVER = re.compile(r"(?P<name>.+)\.(?P<host>[A-Za-z0-9-]*)-(?P<pid>\d+)-\d+" + re.escape(PARTIAL))
@@ -93,9 +94,19 @@ def append_line(path: str | Path, line: str) -> None:
 def drop_unfinished_line(path: str | Path) -> None:
     """Cut off what stands behind the last line break of a file; nothing where there is no file."""
     path = Path(path)
-    if path.exists() and path.stat().st_size:
-        with path.open("rb+") as file:
-            file.truncate(file.read().rfind(b"\n") + 1)
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end:
+            begin = max(0, end - BLOCK_BYTES)
+            file.seek(begin)
+            last = file.read(end - begin).rfind(b"\n")
+            if last >= 0:
+                end = begin + last + 1
+                break
+            end = begin
+        file.truncate(end)
 
 
 def write_bytes(path: str | Path, data: bytes, *, durable: bool = True) -> None:

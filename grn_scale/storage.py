@@ -130,7 +130,13 @@ class LocalStorage(Storage):
         return self.path(name).stat().st_size
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
-        return {name: entry.stat().st_size for name, entry in sorted(self._entries(prefix))}
+        found = {}
+        for name, entry in self._entries(prefix):
+            try:
+                found[name] = entry.stat().st_size
+            except FileNotFoundError:  # renamed or removed by its writer since it was listed
+                continue
+        return dict(sorted(found.items()))
 
     def names(self, prefix: str = "") -> list[str]:
         return sorted(name for name, _ in self._entries(prefix))

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +23,8 @@ import pyarrow.parquet as pq
 from grn_scale.data.schema import MOST_KEY_BYTES, Caption, IndexRow, ShardInfo, TextRef, TextRow
 from grn_scale.errors import UserError
 from grn_scale.storage import Storage
+
+log = logging.getLogger(__name__)
 
 INDEX_FOLDER = "index/"
 VIDEO_SCHEMA = pa.schema([
@@ -34,6 +38,8 @@ TEXT_SCHEMA = pa.schema([
     ("key", pa.string()), ("tokens", pa.int32()), ("ids_offset", pa.int64()), ("ids_length", pa.int64()),
     ("ids_xxh3", pa.uint64()), ("states_offset", pa.int64()), ("states_length", pa.int64()),
     ("states_xxh3", pa.uint64())])
+RETRY_SECONDS = (0.1, 1.0, 5.0)
+"""Pauses before a part is read again: one hiccup of a file system must not end a run of many processes."""
 REMEDY = "copy it again, or tokenize again, which keeps all finished shards"
 
 
@@ -92,7 +98,8 @@ def read_table(folder: str | Path | Storage, shard: ShardInfo, schema: pa.Schema
 def parse_table(data: bytes, where: str, schema: pa.Schema) -> pa.Table:
     """Table of a parquet file's bytes. UserError where they are damaged or of another form."""
     try:
-        table = pq.read_table(io.BytesIO(data))
+        # Not pq.read_table: its threads may still run when the interpreter ends, and then abort the process.
+        table = pq.ParquetFile(io.BytesIO(data), pre_buffer=False).read(use_threads=False)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"index part {where} cannot be read ({error}); {REMEDY}") from error
     if table.schema.remove_metadata() != schema:
@@ -141,12 +148,17 @@ class VideoPart:
 
 
 def _read_part(storage: Storage, name: str) -> bytes:
-    try:
-        return storage.read(name)
-    except FileNotFoundError as error:
-        raise UserError(f"index part {storage / name} is missing; {REMEDY}") from error
-    except OSError as error:
-        raise UserError(f"index part {storage / name} cannot be read: {error.strerror or error}") from error
+    for pause in (*RETRY_SECONDS, None):
+        try:
+            return storage.read(name)
+        except FileNotFoundError as error:
+            raise UserError(f"index part {storage / name} is missing; {REMEDY}") from error
+        except OSError as error:
+            if pause is None:
+                raise UserError(f"index part {storage / name} cannot be read: {error.strerror or error}") from error
+            log.warning("reading %s failed, trying again in %s s: %s", storage / name, pause, error)
+            time.sleep(pause)
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _write(folder: str | Path | Storage, shard: ShardInfo, schema: pa.Schema, rows: list[dict]) -> ShardInfo:

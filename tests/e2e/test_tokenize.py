@@ -192,6 +192,37 @@ def test_clips_that_failed_are_tried_again_on_request_only(prepared):
     assert Dataset.open(prepared.root / "hurried").info.samples == 3
 
 
+def test_a_file_that_was_not_there_is_taken_in_by_the_next_run(prepared, made):
+    hidden = (prepared.root / "clips/4.mp4").rename(prepared.root / "aside.mp4")
+    try:
+        output = prepared.run("hidden", **{"tokenize.max_bad_fraction": 0.5})
+        assert Dataset.open(output).info.samples == CLIPS - 1
+        first = stamps(output, "*.tar")
+        prepared.run("hidden", **{"tokenize.max_bad_fraction": 0.5})
+        assert stamps(output, "*.tar") == first
+    finally:
+        hidden.rename(prepared.root / "clips/4.mp4")
+    prepared.run("hidden", **{"tokenize.max_bad_fraction": 0.5})
+    assert Dataset.open(output).info.samples == CLIPS and not (output / "quarantine.jsonl").read_text()
+    assert captions_of(output) == captions_of(made)
+    assert first.items() <= stamps(output, "*.tar").items()
+
+
+def test_workers_of_another_job_stop_when_one_begins_in_their_folder(prepared, copied, monkeypatch):
+    from grn_scale.data_pipeline import fleet
+
+    real = fleet.work
+
+    def overtaken(*args):
+        (copied / "generation").write_text("another")
+        real(*args)
+
+    monkeypatch.setattr(fleet, "work", overtaken)
+    write_clip(prepared.root / "clips/later.mp4", 12)
+    with pytest.raises(UserError, match="another `grn-scale tokenize` with another manifest"):
+        prepared.run(str(copied), [*prepared.lines, {"path": "clips/later.mp4", "caption": "later"}])
+
+
 def test_too_many_bad_clips_stop_the_job_for_good(prepared):
     output = prepared.root / "too-bad"
     with pytest.raises(DoNotRequeue, match="max_bad_fraction") as caught:
@@ -206,7 +237,8 @@ def test_a_run_that_fails_before_it_replaces_anything_leaves_the_finished_datase
     with pytest.raises(DoNotRequeue):
         prepared.run(str(copied), [*prepared.lines, {"path": "clips/absent.mp4", "caption": "absent"}])
     after = content(copied)
-    assert all(after[name] == data for name, data in before.items() if not name.startswith(("sources", "quarantine")))
+    assert all(after[name] == data for name, data in before.items()
+               if not name.startswith(("sources", "quarantine", "generation")))
     assert not list(verify.find_damage(copied))
 
 
