@@ -97,7 +97,7 @@ def drop_unfinished_line(path: str | Path) -> None:
     if not path.exists():
         return
     with path.open("rb+") as file:
-        end = file.seek(0, os.SEEK_END)
+        end = size = file.seek(0, os.SEEK_END)
         while end:
             begin = max(0, end - BLOCK_BYTES)
             file.seek(begin)
@@ -106,7 +106,8 @@ def drop_unfinished_line(path: str | Path) -> None:
                 end = begin + last + 1
                 break
             end = begin
-        file.truncate(end)
+        if end < size:
+            file.truncate(end)
 
 
 def write_bytes(path: str | Path, data: bytes, *, durable: bool = True) -> None:
