@@ -76,13 +76,12 @@ def _copies(config: Config, count: int, folder: Path) -> Path:
 
 
 def _end_to_end(config: Config, output: Path) -> dict[str, Any]:
-    """What `grn-scale tokenize` reports of a run into a new folder, which is removed again."""
+    """What `grn-scale tokenize` reports of a run into a new folder."""
     file = _written(replace(config, output=str(output)), output.with_suffix(".yaml"))
     done = subprocess.run([sys.executable, "-m", "grn_scale", "tokenize", "--config", str(file), "--json"],
                           stdout=subprocess.PIPE, check=False)
     if done.returncode:
         raise UserError(f"`grn-scale tokenize` ended with exit code {done.returncode}; its message is above")
-    shutil.rmtree(output)
     return json.loads(done.stdout)
 
 
