@@ -59,7 +59,7 @@ def plan_document(mixture: Mixture, config: Config, world_size: int, steps: rang
     does not fit the world size or the index.
     """
     check_layout(config, world_size)
-    dims = Dims.of_world(world_size, config.parallel.tensor, config.parallel.pipeline)
+    dims = Dims.of_world(world_size, config.parallel.tensor, config.parallel.pipeline, config.parallel.context)
     data, model = config.data, config.model
     plan = Plan.of(mixture, data, config.seed)
     check_step_size(plan, data.packs_per_step)
@@ -71,7 +71,7 @@ def plan_document(mixture: Mixture, config: Config, world_size: int, steps: rang
                           "visits_of_an_image": visits.images, "visits_of_a_video": visits.videos}
                          for number, (dataset, visits) in enumerate(zip(mixture.datasets, mixture.visits))],
             "world_size": world_size, "data_parallel_size": dims.data,
-            "processes": [dims.model_group(dims.rank(Coordinate(0, rank, 0))) for rank in range(dims.data)],
+            "processes": [dims.pack_group(dims.rank(Coordinate(0, 0, rank, 0))) for rank in range(dims.data)],
             "steps": list(steps_of_plan(plan, data.packs_per_step, dims.data, cost, steps))}
 
 

@@ -44,8 +44,8 @@ def check_output(folder: str | Path) -> None:
 
 def check_layout(config: Config, world_size: int) -> None:
     """ConfigError unless the model, the global batch and the degrees of parallelism fit `world_size` processes."""
-    _refuse([*_tensor_rules(config), *_pipeline_rules(config), *_world_rules(config, world_size),
-             *_precision_rules(config)])
+    _refuse([*_tensor_rules(config), *_context_rules(config), *_pipeline_rules(config),
+             *_world_rules(config, world_size), *_zero_rules(config)])
 
 
 def check_training(config: Config, dataset: DatasetInfo) -> None:
@@ -94,10 +94,21 @@ def _tensor_rules(config: Config) -> Iterator[str]:
         if value % degree:
             yield (f"parallel.tensor is {degree}, but must divide {name} ({value}): "
                    f"parallel.tensor={legal} is the nearest that fits this model")
+    parts = (degree if config.parallel.sequence else 1) * config.parallel.context
     budget = config.data.token_budget
-    if config.parallel.sequence and budget % degree:
-        yield (f"data.token_budget is {budget}, but parallel.sequence cuts it into parallel.tensor ({degree}) parts: "
-               f"data.token_budget={_nearest_multiple(budget, math.lcm(128, degree))} is the nearest that fits")
+    if budget % parts:
+        yield (f"data.token_budget is {budget}, but parallel.sequence (with parallel.tensor) and parallel.context cut "
+               f"it into {parts} equal parts: data.token_budget={_nearest_multiple(budget, math.lcm(128, parts))} is "
+               "the nearest that fits")
+
+
+def _context_rules(config: Config) -> Iterator[str]:
+    """In attention each process of the context works on whole heads, so every one needs some."""
+    degree, heads = config.parallel.context, config.model.num_heads // config.parallel.tensor
+    if degree > max(1, heads):
+        yield (f"parallel.context is {degree}, but a tensor-parallel rank has {heads} heads to share out "
+               f"(model.num_heads {config.model.num_heads} / parallel.tensor {config.parallel.tensor}): "
+               f"parallel.context={max(1, heads)} is the nearest that fits")
 
 
 def _pipeline_rules(config: Config) -> Iterator[str]:
@@ -116,10 +127,11 @@ def _pipeline_rules(config: Config) -> Iterator[str]:
 
 def _world_rules(config: Config, world_size: int) -> Iterator[str]:
     parallel, packs = config.parallel, config.data.packs_per_step
-    one_model = parallel.tensor * parallel.pipeline
+    one_model = parallel.tensor * parallel.pipeline * parallel.context
     if world_size % one_model:
-        yield (f"the job has {world_size} processes, but one copy of the model takes parallel.tensor x "
-               f"parallel.pipeline = {parallel.tensor} x {parallel.pipeline} = {one_model}: start "
+        yield (f"the job has {world_size} processes, but those that read the same packs are parallel.tensor x "
+               f"parallel.pipeline x parallel.context = {parallel.tensor} x {parallel.pipeline} x {parallel.context} = "
+               f"{one_model}: start "
                f"{_nearest_multiple(world_size, one_model)} processes, or lower the degrees")
         return
     data = world_size // one_model
@@ -133,7 +145,11 @@ def _world_rules(config: Config, world_size: int) -> Iterator[str]:
                f"data.packs_per_step={_nearest_multiple(packs, data * parallel.pipeline)} is the nearest that fits")
 
 
-def _precision_rules(config: Config) -> Iterator[str]:
+def _zero_rules(config: Config) -> Iterator[str]:
+    if config.zero.stage >= 2 and config.parallel.pipeline > 1:
+        yield (f"zero.stage is {config.zero.stage} with parallel.pipeline={config.parallel.pipeline}, but stages 2 and "
+               "3 reduce gradients in every backward pass, which a pipeline schedule interleaves: set zero.stage=1, or "
+               "parallel.pipeline=1")
     if config.zero.stage == 0 and config.train.precision == "bf16":
         yield ("zero.stage is 0 with train.precision bf16, but DeepSpeed keeps fp32 masters and accumulates in fp32 "
                "only where it shards the optimizer: set zero.stage=1, or train.precision=fp32")

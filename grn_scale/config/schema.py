@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from grn_scale.config.data_schema import DataConfig, TextConfig, TokenizeConfig, TokenizerConfig
 from grn_scale.config.rules import require, require_choice, require_positive
+from grn_scale.config.run_schema import SpikesConfig, StopConfig, WatchdogConfig
 
 
 class LabelledShape:
@@ -153,7 +154,11 @@ class TrainConfig:
     """Steps between validations; 0 never validates."""
     checkpoint_every: int = 200
     keep_last: int = 2
-    """Checkpoints kept."""
+    """Newest checkpoints kept."""
+    keep_every: int = 0
+    """Checkpoints of steps that are multiples of this are kept for good, besides; 0 keeps none."""
+    background_save: bool = True
+    """Write checkpoints from a copy in host memory while training goes on; false lets training wait for the storage."""
     nonfinite_limit: int = 20
     """Steps in a row whose loss or gradient is not finite and which are skipped; then the run stops (exit 78)."""
     threads: int = 0
@@ -163,13 +168,16 @@ class TrainConfig:
         require_choice("train.precision", self.precision, ("bf16", "fp32"))
         require_positive("train", steps=self.steps, checkpoint_every=self.checkpoint_every, keep_last=self.keep_last,
                          nonfinite_limit=self.nonfinite_limit)
+        require(self.keep_every >= 0 and self.keep_every % self.checkpoint_every == 0,
+                f"train.keep_every is {self.keep_every}, but must be 0 or a multiple of train.checkpoint_every "
+                f"({self.checkpoint_every}): only checkpoints that are made can be kept")
         require(self.threads >= 0, f"train.threads is {self.threads}, but must not be negative")
         require(self.validate_every >= 0, f"train.validate_every is {self.validate_every}, but must not be negative")
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Degrees of model parallelism; the data-parallel degree is what the world size leaves over."""
+    """Degrees of parallelism; the data-parallel degree is what the world size leaves over."""
 
     tensor: int = 1
     sequence: bool = True
@@ -177,23 +185,37 @@ class ParallelConfig:
     pipeline: int = 1
     virtual_pipeline: int = 1
     """Model chunks a pipeline rank holds (interleaved 1F1B above 1)."""
+    context: int = 1
+    """Processes that share one packed sequence (Ulysses): each holds a part of its rows, and in attention some heads
+    of all of them. For packs too long for one process."""
     recompute: str = "none"
-    """none, or full: every layer's activations are computed again in the backward pass."""
+    """What the backward pass computes again instead of keeping: none, selective (recompute_modules of every layer), or
+    full (every layer but its input)."""
+    recompute_modules: tuple[str, ...] = ("mlp",)
+    """For selective: mlp (its inner activations, the largest part), core_attn (queries, keys and values as attention
+    sees them; costs a forward pass of attention)."""
 
     def __post_init__(self) -> None:
-        require_positive("parallel", tensor=self.tensor, pipeline=self.pipeline, virtual_pipeline=self.virtual_pipeline)
-        require_choice("parallel.recompute", self.recompute, ("none", "full"))
+        require_positive("parallel", tensor=self.tensor, pipeline=self.pipeline, context=self.context,
+                         virtual_pipeline=self.virtual_pipeline)
+        require_choice("parallel.recompute", self.recompute, ("none", "selective", "full"))
+        require(len(self.recompute_modules) > 0, "parallel.recompute_modules is empty: name some, or set "
+                "parallel.recompute=none")
+        for module in self.recompute_modules:
+            require_choice("parallel.recompute_modules", module, ("mlp", "core_attn"))
 
 
 @dataclass(frozen=True)
 class ZeroConfig:
     stage: int = 1
-    """DeepSpeed ZeRO stage: 0 replicates, 1 shards optimizer states."""
+    """DeepSpeed ZeRO stage: 0 replicates all, 1 shards optimizer states, 2 also gradients, 3 also weights."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's fp32 state in host memory and update there (stages 2 and 3)."""
 
     def __post_init__(self) -> None:
-        require(self.stage in (0, 1),
-                f"zero.stage is {self.stage}, but must be 0 or 1: stages 2 and 3 (which need parallel.pipeline=1) "
-                "are not supported")
+        require(self.stage in (0, 1, 2, 3), f"zero.stage is {self.stage}, but must be 0, 1, 2 or 3")
+        require(not self.offload_optimizer or self.stage >= 2,
+                f"zero.offload_optimizer needs zero.stage=2 or 3, but zero.stage is {self.stage}")
 
 
 @dataclass(frozen=True)
@@ -280,6 +302,9 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
+    stop: StopConfig = field(default_factory=StopConfig)
+    spikes: SpikesConfig = field(default_factory=SpikesConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 

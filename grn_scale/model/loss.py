@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 
-@dataclass(frozen=True)
-class LabelLoss:
-    """Sums of one packed sequence; all are linear, so slices of D and packs of a step just add up."""
+class LabelLoss(NamedTuple):
+    """Sums of one packed sequence; all are linear, so slices of D and packs of a step just add up.
+
+    A tuple, because ZeRO-3 looks for the tensors in what a module returns.
+    """
 
     weighted: torch.Tensor
     """fp32 scalar with gradient: sum over samples of weight * mean cross entropy."""

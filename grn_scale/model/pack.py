@@ -11,12 +11,14 @@ from grn_scale import batch, hbq
 from grn_scale.config.schema import ModelConfig, NoiseConfig
 from grn_scale.model.refinement import corrupt, signal_ratio
 from grn_scale.model.sequence import Grid, lay_out
+from grn_scale.model.sequence_part import part_of
 from grn_scale.model.transformer import ModelInput
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One micro-batch: what the network reads, and what it is scored on.
+    """One micro-batch: what the network reads, and what it is scored on. Where the sequence is cut over processes,
+    the tokens are those of this process's part, the samples those of the whole pack.
 
     Legend: V visual tokens, P predicted tokens, N samples, D labels a token.
     """
@@ -42,15 +44,18 @@ def sample_labels(sample: batch.Sample, config: ModelConfig, device: torch.devic
 
 
 def assemble(samples: Sequence[batch.Sample], weights: Mapping[int, float], *, config: ModelConfig,
-             noise: NoiseConfig, seed: int, length: int, device: torch.device) -> PackedBatch:
-    """The packed batch of one pack's samples, padded to `length` rows.
+             noise: NoiseConfig, seed: int, length: int, device: torch.device,
+             part: tuple[int, int] = (0, 1)) -> PackedBatch:
+    """The packed batch of one pack's samples, padded to `length` rows; of part[1] equal parts of it, part part[0].
 
     weights: loss weight of each draw index, normalised over the global batch. An empty pack is a sequence of
     padding. All noise is keyed by (seed, draw index, label index).
     """
     draws = [sample.draw for sample in samples]
     grids = [Grid(d.thw, d.ratio_key, d.text_tokens, d.task == "I2V") for d in draws]
-    layout = lay_out(grids, config.layout, config.head_size, length).to(device)
+    layout = lay_out(grids, config.layout, config.head_size, length)
+    own = part_of(layout, *part).to(device) if part[1] > 1 else None
+    layout = layout.to(device)
     ratios = [signal_ratio(seed, d.index, noise) for d in draws]
     channels = config.label_channels
     if samples:
@@ -65,7 +70,10 @@ def assemble(samples: Sequence[batch.Sample], weights: Mapping[int, float], *, c
                           device=device)
     weight = torch.tensor([weights[d.index] if s.valid else 0.0 for s, d in zip(samples, draws)],
                           dtype=torch.float64, device=device)
+    level, predicted = share if config.layout == "v2" else ratio, layout.predicted
+    if own:
+        mixed, text, level, predicted = mixed[own.visual], text[own.text], level[own.level], predicted[own.predicted]
     return PackedBatch(
-        input=ModelInput(layout, mixed, text, share if config.layout == "v2" else ratio),
-        targets_PD=labels[layout.predicted], sample_P=layout.visual_sample[layout.predicted],
+        input=ModelInput(layout, mixed, text, level, own),
+        targets_PD=labels[predicted], sample_P=layout.visual_sample[predicted],
         label_weight_N=(weight / scored.double().clamp(min=1)).float(), ratio_N=ratio, labels_N=scored)

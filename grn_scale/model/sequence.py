@@ -87,6 +87,11 @@ class SequenceLayout:
     sin: torch.Tensor
     groups: tuple[AttentionGroup, ...]
 
+    @property
+    def predicted_rows(self) -> torch.Tensor:
+        """int64 [P] row of each predicted token."""
+        return self.visual_rows[self.predicted]
+
     def to(self, device: torch.device | str) -> SequenceLayout:
         device = torch.device(device)
         if self.visual_rows.device == device:

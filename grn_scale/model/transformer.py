@@ -20,6 +20,7 @@ from grn_scale.config.schema import ModelConfig
 from grn_scale.model.attention import packed_attention
 from grn_scale.model.rope import rotate
 from grn_scale.model.sequence import Grid, SequenceLayout, lay_out
+from grn_scale.model.sequence_part import SequencePart
 
 KeyValueHook = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """Takes the keys (turned) and values [S, H, E] of one layer's rows and gives those that are attended to."""
@@ -29,15 +30,18 @@ LEVEL_FEATURES = 256
 
 @dataclass(frozen=True)
 class ModelInput:
-    """What the network reads: one packed sequence."""
+    """What the network reads: one packed sequence, or this process's part of one."""
 
     layout: SequenceLayout
+    """Of the whole sequence."""
     labels_VD: torch.Tensor
     """uint8 [V, D]: the mixed labels, and the clean ones of a given first frame."""
     text_TC: torch.Tensor
     """[T, text_hidden_size]"""
     level_N: torch.Tensor
     """fp32 [N]: noise level p of each sample (share of true labels)."""
+    part: SequencePart | None = None
+    """The rows that the tokens above stand in; None: all of them."""
 
 
 @dataclass(frozen=True)
@@ -106,11 +110,11 @@ class InputEmbedding(nn.Module):
         return F.embedding_bag(labels_VD.long() + channel, weight.t(), mode="sum") + bias
 
     def forward(self, x: ModelInput, dtype: torch.dtype) -> torch.Tensor:
-        layout = x.layout
-        rows = torch.cat((layout.visual_rows, layout.text_rows, layout.level_rows))
+        place = x.part or x.layout
+        rows = torch.cat((place.visual_rows, place.text_rows, place.level_rows))
         tokens = torch.cat((self.embed_labels(x.labels_VD), linear_fp32(self.text_proj, x.text_TC),
                             self.pt_embedder(x.level_N)))
-        sequence = tokens.new_zeros(layout.length, tokens.shape[1])
+        sequence = tokens.new_zeros(place.length, tokens.shape[1])
         return sequence.index_copy(0, rows, tokens).to(dtype)
 
 
@@ -216,7 +220,7 @@ class GRN(InputEmbedding):
         h_SC = super().forward(x, self.dtype)
         for block, hook in zip(self.blocks(), repeat(None) if hooks is None else hooks):
             h_SC = block(h_SC, x.layout, hook)
-        return h_SC.index_select(0, x.layout.visual_rows[x.layout.predicted])
+        return h_SC.index_select(0, x.layout.predicted_rows)
 
     def forward(self, x: ModelInput) -> torch.Tensor:
         """Scores of the predicted tokens, as `Head` gives them."""

@@ -40,4 +40,5 @@ class ClassStage(torch.nn.Module):
 
     def initial_value(self, name: str, seed: int) -> torch.Tensor:
         """fp32 tensor of a parameter of this stage, drawn by its official name."""
-        return initial_tensor(self.placements[name].pieces[0].name, self.get_parameter(name).shape, seed)
+        piece = self.placements[name].pieces[0]
+        return initial_tensor(piece.name, piece.global_shape, seed)

@@ -1,13 +1,14 @@
 """Rank arithmetic as a value: degrees, coordinates and groups, without a process group.
 
-The order is megatron-core's ("tp-cp-ep-dp-pp"): tensor-parallel ranks are neighbours, then come data-parallel
-replicas, and pipeline stages lie furthest apart.
+The order is megatron-core's ("tp-cp-ep-dp-pp"): tensor-parallel ranks are neighbours, then come the parts of a sequence
+(context parallel), then data-parallel replicas, and pipeline stages lie furthest apart.
 """
 
 from __future__ import annotations
 
+import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from grn_scale.errors import ConfigError
 
@@ -17,6 +18,7 @@ class Coordinate:
     """Place of one rank along each axis of parallelism."""
 
     tensor: int
+    context: int
     data: int
     pipeline: int
 
@@ -27,49 +29,61 @@ class Dims:
 
     world: int
     tensor: int
-    pipeline: int
+    context: int
     data: int
+    pipeline: int
 
     def __post_init__(self) -> None:
-        degrees = (self.tensor, self.data, self.pipeline)
-        if min(degrees) < 1 or self.tensor * self.data * self.pipeline != self.world:
-            raise ValueError(f"tensor x data x pipeline is {' x '.join(map(str, degrees))}, "
+        degrees = (self.tensor, self.context, self.data, self.pipeline)
+        if min(degrees) < 1 or math.prod(degrees) != self.world:
+            raise ValueError(f"tensor x context x data x pipeline is {' x '.join(map(str, degrees))}, "
                              f"but the world is {self.world}")
 
     @classmethod
-    def of_world(cls, world: int, tensor: int, pipeline: int) -> Dims:
+    def of_world(cls, world: int, tensor: int, pipeline: int, context: int = 1) -> Dims:
         """Dims whose data-parallel degree is what `world` leaves over; ValueError where it does not divide."""
-        return cls(world, tensor, pipeline, world // (tensor * pipeline))
+        return cls(world, tensor, context, world // (tensor * context * pipeline), pipeline)
 
     def coordinate(self, rank: int) -> Coordinate:
         """Coordinate of a global rank."""
         self._check(rank)
         rest, tensor = divmod(rank, self.tensor)
+        rest, context = divmod(rest, self.context)
         pipeline, data = divmod(rest, self.data)
-        return Coordinate(tensor, data, pipeline)
+        return Coordinate(tensor, context, data, pipeline)
 
     def rank(self, at: Coordinate) -> int:
         """Global rank at a coordinate."""
-        return at.tensor + self.tensor * (at.data + self.data * at.pipeline)
+        return at.tensor + self.tensor * (at.context + self.context * (at.data + self.data * at.pipeline))
 
     def tensor_group(self, rank: int) -> list[int]:
-        """Ranks that hold the other slices of the same layers and read the same packs."""
-        at = self.coordinate(rank)
-        return [self.rank(Coordinate(i, at.data, at.pipeline)) for i in range(self.tensor)]
+        """Ranks that hold the other slices of the same layers and the same rows of the same packs."""
+        return self._along(rank, "tensor")
+
+    def context_group(self, rank: int) -> list[int]:
+        """Ranks that hold the same weights and the other rows of the same packs."""
+        return self._along(rank, "context")
 
     def data_group(self, rank: int) -> list[int]:
         """Ranks that hold the same weights and read other packs, in data-parallel order."""
-        at = self.coordinate(rank)
-        return [self.rank(Coordinate(at.tensor, i, at.pipeline)) for i in range(self.data)]
+        return self._along(rank, "data")
 
     def pipeline_group(self, rank: int) -> list[int]:
         """Ranks that pass activations to each other, first stage first."""
-        at = self.coordinate(rank)
-        return [self.rank(Coordinate(at.tensor, at.data, i)) for i in range(self.pipeline)]
+        return self._along(rank, "pipeline")
 
-    def model_group(self, rank: int) -> list[int]:
-        """Ranks that together hold one copy of the model: tensor x pipeline."""
-        return sorted(peer for stage in self.pipeline_group(rank) for peer in self.tensor_group(stage))
+    def replica_group(self, rank: int) -> list[int]:
+        """Ranks that hold the same weights, which ZeRO divides optimizer states over: context x data."""
+        return sorted(peer for other in self.data_group(rank) for peer in self.context_group(other))
+
+    def _along(self, rank: int, axis: str) -> list[int]:
+        at = self.coordinate(rank)
+        return [self.rank(replace(at, **{axis: i})) for i in range(getattr(self, axis))]
+
+    def pack_group(self, rank: int) -> list[int]:
+        """Ranks that read the same packs, and so together hold one copy of the model: tensor x context x pipeline."""
+        return [peer for stage in self.pipeline_group(rank) for other in self.context_group(stage)
+                for peer in self.tensor_group(other)]
 
     def _check(self, rank: int) -> None:
         if not 0 <= rank < self.world:

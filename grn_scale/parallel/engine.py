@@ -23,17 +23,17 @@ from grn_scale.model.loss import NOISE_BINS, LabelLoss, noise_bin_sums
 from grn_scale.model.pack import PackedBatch
 from grn_scale.parallel.class_stage import ClassStage
 from grn_scale.parallel.cpu_seam import schedule_device
-from grn_scale.parallel.fragments import (
-    MOMENTS,
-    fragment_chunks,
-    owned_fragments,
-    parameter_chunks,
-    seed_moments,
-    update_average,
-)
+from grn_scale.parallel.fragments import MOMENTS, fragment_chunks, seed_moments, update_average
 from grn_scale.parallel.groups import DeepSpeedTopology
 from grn_scale.parallel.layers import transformer_config
 from grn_scale.parallel.stage import GRNStage
+from grn_scale.parallel.zero import (
+    deepspeed_config,
+    drop_gradients,
+    owned_fragments,
+    publish_masters,
+    sees_every_pass,
+)
 
 Batch = PackedBatch | ClassBatch
 
@@ -48,6 +48,8 @@ class BatchSums:
     """Samples that counted nothing because their bytes could not be used."""
     bins: torch.Tensor
     """fp64 [NOISE_BINS, 3] on the CPU: cross entropy, right labels, labels."""
+    votes: tuple[float, ...] = ()
+    """Sums over all processes of the votes that each cast with its batches."""
 
 
 @dataclass(frozen=True)
@@ -70,51 +72,57 @@ class TrainEngine:
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         self.stages = [stage.to(device) for stage in self._build_stages()]
         self.schedule = get_forward_backward_func()
-        self.data_size = parallel_state.get_data_parallel_world_size()
+        # how many processes hold the same weights
+        self.replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
         self.parameters = {f"{i}.{name}": p for i, s in enumerate(self.stages) for name, p in s.named_parameters()}
         self.placements = {f"{i}.{name}": p for i, s in enumerate(self.stages) for name, p in s.placements.items()}
-        initial = {f"{i}.{name}": s.initial_value(name, config.seed)
-                   for i, s in enumerate(self.stages) for name, _ in s.named_parameters()}
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(initial[name])
+        shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
+        vector = max((p.numel() for p in self.parameters.values() if p.dim() <= 1), default=0)
         # DeepSpeed prints its memory use while it builds the optimizer; stdout is for results.
         with contextlib.redirect_stdout(io.StringIO()):
             self.engine, *_ = deepspeed.initialize(
-                model=torch.nn.ModuleList(self.stages), optimizer=self._optimizer(), config=self._deepspeed_config(),
+                model=self.stages[0] if len(self.stages) == 1 else torch.nn.ModuleList(self.stages),
+                optimizer=self._optimizer(), config=deepspeed_config(config, self.replicas, vector),
                 mpu=DeepSpeedTopology(), dist_init_required=False)
         # reduce_gradients must take what the schedule has accumulated rather than wait for hooks
         self.engine.pipeline_parallelism = config.parallel.pipeline > 1
         self.optimizer = getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
-        self.fragments = owned_fragments(self.parameters, self.optimizer)
+        self.fragments = owned_fragments(self.parameters, shapes, self.engine)
         for fragment in self.fragments:
-            # DeepSpeed makes the fp32 masters from the bf16 weights; the drawn values are finer
-            values = initial[fragment.name].reshape(-1).narrow(0, fragment.start, fragment.numel)
-            fragment.of(fragment.flat).copy_(values)
+            # a rank draws only what it owns a part of, and the masters take the drawn values before they are rounded
+            stage, name = fragment.name.split(".", 1)
+            values = self.stages[int(stage)].initial_value(name, config.seed).reshape(-1)
+            fragment.of(fragment.flat).copy_(values.narrow(0, fragment.start, fragment.numel))
+        publish_masters(self.engine)
         self.masters = [f.of(f.flat) for f in self.fragments]
         self.averages = [m.clone() for m in self.masters] if config.optimizer.ema_decay > 0 else []
         self.updates = 0
 
     # -- steps ---------------------------------------------------------------------------------------------
 
-    def train_step(self, batches: Sequence[Batch], learning_rate: float) -> StepResult:
-        """Update the weights with this rank's micro-batches of one global batch (the same number on each rank)."""
+    def train_step(self, batches: Sequence[Batch], learning_rate: float, votes: Sequence[float] = ()) -> StepResult:
+        """Update the weights with this rank's micro-batches of one global batch (the same number on each rank).
+
+        votes: numbers that are summed over all processes with what the batch was scored with (`sums.votes`), so that
+        processes agree on something without a collective of its own; as many on each.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         begin = time.perf_counter()
-        sums = self._run(batches, forward_only=False)
+        sums = self._run(batches, forward_only=False, votes=votes)
         scored = time.perf_counter()
         norm, applied = self._update(sums)
         return StepResult(sums, norm, applied, scored - begin, time.perf_counter() - scored)
 
     def _update(self, sums: BatchSums) -> tuple[float, bool]:
         """(global gradient norm, whether the weights changed)."""
-        self.engine.set_gradient_accumulation_boundary(True)
-        self.engine.allreduce_gradients()
+        if not sees_every_pass(self.config.zero.stage):
+            self.engine.set_gradient_accumulation_boundary(True)
+            self.engine.allreduce_gradients()
         # Without ZeRO nothing looks at the gradients before the weights change, so it is done here.
         norm = self._clip_replicated() if self.config.zero.stage == 0 else 0.0
         if not (math.isfinite(sums.loss) and math.isfinite(norm)):
-            self._drop_gradients()
+            drop_gradients(self.engine)
             return math.nan, False
         self.engine.step()
         if self.config.zero.stage > 0:
@@ -131,7 +139,22 @@ class TrainEngine:
         """Loss of this rank's micro-batches and everyone else's; nothing is updated."""
         return self._run(batches, forward_only=True)
 
-    def _run(self, batches: Sequence[Batch], forward_only: bool) -> BatchSums:
+    def _run(self, batches: Sequence[Batch], forward_only: bool, votes: Sequence[float] = ()) -> BatchSums:
+        through = self._through_deepspeed if sees_every_pass(self.config.zero.stage) else self._through_schedule
+        store = through(batches, forward_only)
+        scores = torch.zeros(2 + NOISE_BINS * 3, dtype=torch.float64, device=self.device)
+        if parallel_state.get_tensor_model_parallel_rank() == 0:
+            for sums in store:
+                scores += sums
+        total = torch.cat((scores, torch.tensor(votes, dtype=torch.float64, device=self.device)))
+        dist.all_reduce(total)
+        total = total.cpu()
+        return BatchSums(total[0].item(), int(total[1]), total[2:len(scores)].view(NOISE_BINS, 3),
+                         tuple(total[len(scores):].tolist()))
+
+    def _through_schedule(self, batches: Sequence[Batch], forward_only: bool) -> list[torch.Tensor]:
+        """Forward and backward of every micro-batch by megatron's schedule; the last stage gets their reports."""
+
         def forward_step(iterator: Iterator[Batch], stage: GRNStage | ClassStage):
             batch = next(iterator)
             output = stage(batch)
@@ -142,28 +165,38 @@ class TrainEngine:
         # every virtual chunk walks over the same micro-batches
         iterators = [iter(batches) for _ in self.stages]
         with schedule_device():
-            store = self.schedule(
+            return self.schedule(
                 forward_step_func=forward_step, data_iterator=iterators if len(iterators) > 1 else iterators[0],
                 model=self.stages if len(self.stages) > 1 else self.stages[0], num_microbatches=len(batches),
                 seq_length=self.config.data.token_budget, micro_batch_size=1, forward_only=forward_only)
-        total = torch.zeros(2 + NOISE_BINS * 3, dtype=torch.float64, device=self.device)
-        if parallel_state.get_tensor_model_parallel_rank() == 0:
-            for sums in store:
-                total += sums
-        dist.all_reduce(total)
-        total = total.cpu()
-        return BatchSums(total[0].item(), int(total[1]), total[2:].view(NOISE_BINS, 3))
+
+    def _through_deepspeed(self, batches: Sequence[Batch], forward_only: bool) -> list[torch.Tensor]:
+        """As `_through_schedule`, where DeepSpeed must see every pass; gradients are reduced meanwhile."""
+        store = []
+        for i, batch in enumerate(batches):
+            if not forward_only:
+                self.engine.set_gradient_accumulation_boundary(i == len(batches) - 1)
+            output = self.engine(batch)
+            loss, _, report = self._fit_to_megatron(output.weighted, output, batch)
+            if not forward_only:
+                self.engine.backward(loss)
+            store.append(report)
+        return store
 
     def _fit_to_megatron(self, loss: torch.Tensor, output: LabelLoss, batch: Batch):
         """megatron's three values: the loss to differentiate, a token count (it divides by none), what to report.
 
-        The weights of a global batch add up to 1 over all ranks; DeepSpeed averages gradients over data-parallel
-        ranks, so the factor makes that average the sum. The report is a copy, because the schedule may change
-        the loss in place.
+        The weights of a global batch add up to 1 over all ranks; DeepSpeed averages gradients over the ranks that hold
+        the same weights, so the factor makes that average the sum. The report is a copy, because the schedule may
+        change the loss in place.
         """
-        report = torch.cat((loss.detach().double().view(1), (batch.labels_N == 0).sum().double().view(1),
-                            noise_bin_sums(output, batch.ratio_N, batch.labels_N).flatten()))
-        return loss * self.data_size, torch.ones((), dtype=torch.int, device=loss.device), report
+        bins = noise_bin_sums(output, batch.ratio_N, batch.labels_N)
+        bad = (batch.labels_N == 0).sum().double().view(1)
+        if parallel_state.get_context_parallel_rank() > 0:
+            # losses come from the tokens of this part of the sequence, samples and labels are counted for all of it
+            bins[:, 2], bad = 0, bad * 0
+        report = torch.cat((loss.detach().double().view(1), bad, bins.flatten()))
+        return loss * self.replicas, torch.ones((), dtype=torch.int, device=loss.device), report
 
     def _clip_replicated(self) -> float:
         """Clip plain gradients by their global norm, and return it."""
@@ -171,12 +204,6 @@ class TrainEngine:
 
         return float(clip_grad_norm_(self.parameters.values(), self.config.optimizer.clip_norm,
                                      mpu=DeepSpeedTopology()))
-
-    def _drop_gradients(self) -> None:
-        self.engine.optimizer.zero_grad()
-        self.engine.zero_grad()
-        if hasattr(self.engine.optimizer, "clear_hp_grads"):
-            self.engine.optimizer.clear_hp_grads()
 
     # -- state ---------------------------------------------------------------------------------------------
 
@@ -192,25 +219,18 @@ class TrainEngine:
             sections["ema"] = self._chunks(self.averages)
         return sections
 
-    def restore_chunks(self, updates: int) -> tuple[dict[str, list[Chunk]], list[Chunk]]:
-        """(sections as in `state_chunks` to be filled in place, weights to be filled from section "model").
-
-        The second list are fp32 copies of this rank's whole parameters; `finish_restore` takes them over.
-        """
+    def restore_chunks(self, updates: int) -> dict[str, list[Chunk]]:
+        """Sections as in `state_chunks`, to be filled in place; then comes `finish_restore`."""
         self.updates = updates
         if self.config.optimizer.name == "adamw" and updates > 0:
-            seed_moments(self.optimizer, updates)
-        self._restored = {name: torch.empty(p.shape) for name, p in self.parameters.items()}
-        weights = [c for name, local in self._restored.items() for c in parameter_chunks(self.placements[name], local)]
-        return self.state_chunks(), weights
+            seed_moments(self.optimizer, {id(f.flat): f.flat for f in self.fragments}.values(), updates)
+        return self.state_chunks()
 
     @torch.no_grad()
     def finish_restore(self, restart_average: bool = False) -> None:
-        """Take the restored weights over into the parameters the network computes with, and where the checkpoint
-        had no moving average, into a new one."""
-        for name, parameter in self.parameters.items():
-            parameter.copy_(self._restored[name])
-        del self._restored
+        """Take the restored masters over into the parameters the network computes with, and where the checkpoint
+        had no moving average, into a new one. A collective of the replicas."""
+        publish_masters(self.engine)
         if restart_average:
             for average, master in zip(self.averages, self.masters):
                 average.copy_(master)
@@ -237,17 +257,3 @@ class TrainEngine:
         if settings.name == "sgd":
             return torch.optim.SGD(groups, lr=settings.lr)
         return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
-
-    def _deepspeed_config(self) -> dict:
-        config = {
-            "train_batch_size": self.data_size, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,
-            "gradient_clipping": self.config.optimizer.clip_norm if self.config.zero.stage > 0 else 0.0,
-            "steps_per_print": None,
-            "zero_optimization": {"stage": self.config.zero.stage, "overlap_comm": False},
-            "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
-        }
-        if self.dtype == torch.bfloat16:
-            # masters, moments and accumulated gradients in fp32; each gradient is taken over as soon as it is there
-            config |= {"bf16": {"enabled": True, "immediate_grad_update": True},
-                       "data_types": {"grad_accum_dtype": "fp32"}}
-        return config

@@ -8,7 +8,7 @@ parameters.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,33 +37,14 @@ class Fragment:
         return flat.detach().view(-1).narrow(0, self.offset, self.numel)
 
 
-def owned_fragments(parameters: Mapping[str, torch.nn.Parameter],
-                    optimizer: torch.optim.Optimizer) -> list[Fragment]:
-    """Fragments of the named local parameters that this rank owns, in name order of `parameters`."""
-    flats = [group["params"] for group in optimizer.param_groups]
-    fragments = []
-    for name, parameter in parameters.items():
-        mapping = getattr(parameter, "_hp_mapping", None)
-        shape = tuple(parameter.shape)
-        if mapping is not None:
-            local, partition = mapping.lp_fragment_address, mapping.hp_fragment_address
-            flat = next(group[0] for group in flats if _holds(group[0], mapping.hp_fragment))
-            fragments.append(Fragment(name, shape, local.start, local.numel, flat, partition.start))
-        elif any(parameter is member for group in flats for member in group):
-            fragments.append(Fragment(name, shape, 0, parameter.numel(), parameter, 0))
-    return fragments
+def seed_moments(optimizer: torch.optim.Optimizer, flats: Iterable[torch.Tensor], step: int) -> None:
+    """Create the moments of AdamW, which do not exist before its first step, so that they can be restored.
 
-
-def _holds(flat: torch.Tensor, view: torch.Tensor) -> bool:
-    return flat.untyped_storage().data_ptr() == view.untyped_storage().data_ptr()
-
-
-def seed_moments(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Create the moments of AdamW, which do not exist before its first step, so that they can be restored."""
-    for group in optimizer.param_groups:
-        for flat in group["params"]:
-            optimizer.state[flat] = {"step": torch.tensor(float(step)),
-                                     **{key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS}}
+    flats: the tensors it steps on.
+    """
+    for flat in flats:
+        optimizer.state[flat] = {"step": torch.tensor(float(step)),
+                                 **{key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS}}
 
 
 def fragment_chunks(fragment: Fragment, placement: Placement, values: torch.Tensor, prefix: str = "") -> list[Chunk]:
@@ -80,12 +61,6 @@ def fragment_chunks(fragment: Fragment, placement: Placement, values: torch.Tens
             where = tuple(low - a + g for low, a, g in zip(lower, piece.local_offset, piece.global_offset))
             chunks.append(Chunk(prefix + piece.name, piece.global_shape, where, view))
     return chunks
-
-
-def parameter_chunks(placement: Placement, local: torch.Tensor) -> list[Chunk]:
-    """A whole local parameter as boxes of official parameters (views)."""
-    return [Chunk(piece.name, piece.global_shape, piece.global_offset, local[piece.local_index])
-            for piece in placement.pieces]
 
 
 def update_average(average: Sequence[torch.Tensor], values: Sequence[torch.Tensor], decay: float) -> None:

@@ -12,8 +12,9 @@ from grn_scale.config.schema import ParallelConfig
 from grn_scale.errors import UserError
 from grn_scale.parallel import cpu_seam
 
-TIMEOUT = datetime.timedelta(minutes=10)
-"""A collective that takes longer means that a process is lost."""
+TIMEOUT = datetime.timedelta(minutes=60)
+"""A collective that takes longer means that a process is lost. The watchdog speaks long before, and says which."""
+STORE_TIMEOUT = datetime.timedelta(seconds=30)
 HOST_TIMEOUT = datetime.timedelta(minutes=60)
 """Over the host group processes also wait for each other's files: a checkpoint is read back and hashed meanwhile."""
 
@@ -56,6 +57,7 @@ def start(parallel: ParallelConfig) -> torch.device:
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        context_parallel_size=parallel.context,
         create_gloo_process_groups=False)
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -79,22 +81,31 @@ def host() -> dist.ProcessGroup:
 
 
 def data_parallel() -> tuple[int, int]:
-    """(rank, size) of this process among the copies of the model."""
+    """(rank, size) of this process among the copies of the model: those that read different packs."""
     from megatron.core import parallel_state
 
     return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
 
 
-def agree(flags: list[bool]) -> list[bool]:
-    """Each flag as far as all processes that hold parts of this copy of the model raise it."""
+def context_parallel() -> tuple[int, int]:
+    """(rank, size) of this process among those that hold the parts of one sequence."""
     from megatron.core import parallel_state
 
-    group = parallel_state.get_model_parallel_group()
-    if dist.get_world_size(group) == 1 or not flags:
+    return parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
+
+
+def agree(flags: list[bool]) -> list[bool]:
+    """Each flag as far as all processes that read the same packs raise it."""
+    from megatron.core import parallel_state
+
+    groups = [group for group in (parallel_state.get_model_parallel_group(),
+                                  parallel_state.get_context_parallel_group()) if dist.get_world_size(group) > 1]
+    if not groups or not flags:
         return flags
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     shared = torch.tensor(flags, dtype=torch.int32, device=device)
-    dist.all_reduce(shared, op=dist.ReduceOp.MIN, group=group)
+    for group in groups:
+        dist.all_reduce(shared, op=dist.ReduceOp.MIN, group=group)
     return [bool(flag) for flag in shared.tolist()]
 
 
@@ -103,6 +114,15 @@ def gather_objects(value: object) -> list:
     values: list = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group=host())
     return values
+
+
+def side_store() -> dist.Store:
+    """A connection of its own to the store where the job's processes met, for threads beside training; a store of its
+    own where the process is alone. Its calls raise torch.distributed.DistError once the keeper of the store is gone."""
+    if dist.get_world_size() == 1:
+        return dist.HashStore()
+    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+                         wait_for_workers=False, timeout=STORE_TIMEOUT)
 
 
 def stop() -> None:
@@ -120,7 +140,9 @@ class DeepSpeedTopology:
     """The `mpu` object of DeepSpeed.
 
     "Model parallel" means two things to it: the rank says which copy of a replicated parameter counts in the
-    gradient norm (tensor-parallel rank 0), the group is what the norm is summed over (tensor x pipeline).
+    gradient norm (tensor-parallel rank 0), the group is what the norm is summed over (tensor x pipeline). "Data
+    parallel" are all processes that hold the same weights, those with other parts of the same sequence included:
+    gradients are averaged and optimizer states divided over them.
     """
 
     def get_model_parallel_rank(self) -> int:
@@ -141,14 +163,14 @@ class DeepSpeedTopology:
     def get_data_parallel_rank(self) -> int:
         from megatron.core import parallel_state
 
-        return parallel_state.get_data_parallel_rank()
+        return parallel_state.get_data_parallel_rank(with_context_parallel=True)
 
     def get_data_parallel_world_size(self) -> int:
         from megatron.core import parallel_state
 
-        return parallel_state.get_data_parallel_world_size()
+        return parallel_state.get_data_parallel_world_size(with_context_parallel=True)
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
         from megatron.core import parallel_state
 
-        return parallel_state.get_data_parallel_group()
+        return parallel_state.get_data_parallel_group(with_context_parallel=True)

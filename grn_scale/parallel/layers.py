@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
@@ -25,7 +26,9 @@ from grn_scale.config.schema import ModelConfig, ParallelConfig
 from grn_scale.model.attention import packed_attention
 from grn_scale.model.rope import rotate
 from grn_scale.model.sequence import SequenceLayout
+from grn_scale.model.sequence_part import SequencePart
 from grn_scale.model.transformer import NORM_EPS
+from grn_scale.parallel.ulysses import gather_rows, scatter_rows
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class PackedSequence:
     """
 
     layout: SequenceLayout
+    part: SequencePart | None
+    """The rows of this process; None: all."""
     qkv_format: str = "sbhd"
 
 
@@ -65,7 +70,10 @@ class LocalHeadsRMSNorm(ParallelRMSNorm):
 
 
 class PackedCoreAttention(torch.nn.Module):
-    """Rotation in fp32 and attention inside each sample, on this rank's heads and the whole sequence."""
+    """Rotation in fp32 and attention inside each sample, on this rank's heads and the whole sequence.
+
+    Under context parallelism this rank comes with its rows of all these heads, and attends with some heads of all rows.
+    """
 
     def __init__(self, config: TransformerConfig, layer_number: int, **_unused: object) -> None:
         super().__init__()
@@ -75,10 +83,17 @@ class PackedCoreAttention(torch.nn.Module):
                 attention_bias: torch.Tensor | None = None,
                 packed_seq_params: PackedSequence | None = None) -> torch.Tensor:
         """[S, 1, heads, head_size] each -> [S, 1, heads * head_size]."""
-        layout = packed_seq_params.layout
-        query = rotate(query.squeeze(1), layout.cos, layout.sin)
-        key = rotate(key.squeeze(1), layout.cos, layout.sin)
-        return packed_attention(query, key, value.squeeze(1), layout).flatten(1).unsqueeze(1)
+        layout, part = packed_seq_params.layout, packed_seq_params.part
+        query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        if part is None:
+            query, key = (rotate(x, layout.cos, layout.sin) for x in (query, key))
+            out = packed_attention(query, key, value, layout)
+        else:
+            group = parallel_state.get_context_parallel_group()
+            query, key = (rotate(x, layout.cos[part.rows], layout.sin[part.rows]) for x in (query, key))
+            out = packed_attention(*gather_rows(query, key, value, group), layout)
+            out = scatter_rows(out, value.shape[1], group)
+        return out.flatten(1).unsqueeze(1)
 
 
 def layer_spec() -> ModuleSpec:
@@ -110,9 +125,10 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
         layernorm_epsilon=NORM_EPS, qk_layernorm=True, hidden_dropout=0.0, attention_dropout=0.0,
         params_dtype=dtype, bf16=dtype == torch.bfloat16, pipeline_dtype=dtype,
         tensor_model_parallel_size=parallel.tensor, sequence_parallel=parallel.sequence and parallel.tensor > 1,
-        pipeline_model_parallel_size=parallel.pipeline,
+        pipeline_model_parallel_size=parallel.pipeline, context_parallel_size=parallel.context,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
-        recompute_granularity="full" if parallel.recompute == "full" else None,
+        recompute_granularity=None if parallel.recompute == "none" else parallel.recompute,
+        recompute_modules=list(parallel.recompute_modules) if parallel.recompute == "selective" else None,
         recompute_method="uniform" if parallel.recompute == "full" else None,
         recompute_num_layers=1 if parallel.recompute == "full" else None,
         # weights are drawn by name, and the loss is divided by one planned denominator

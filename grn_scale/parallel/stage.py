@@ -52,8 +52,8 @@ class ParallelHead(torch.nn.Module):
                 hidden_S1C = gather_from_sequence_parallel_region(hidden_S1C, tensor_parallel_output_grad=True)
             else:
                 hidden_S1C = copy_to_tensor_model_parallel_region(hidden_S1C)
-        layout = batch.input.layout
-        x_PC = hidden_S1C.squeeze(1).index_select(0, layout.visual_rows[layout.predicted]).float()
+        place = batch.input.part or batch.input.layout
+        x_PC = hidden_S1C.squeeze(1).index_select(0, place.predicted_rows).float()
         x_PC = F.rms_norm(x_PC, x_PC.shape[-1:], norm_weight.float(), NORM_EPS)
         if self.config.classes == 2:
             scores = binary_scores(x_PC, self.proj.weight, self.proj.bias)
@@ -71,8 +71,8 @@ class ParallelHead(torch.nn.Module):
 class GRNStage(MegatronModule):
     """The interface megatron's schedules drive: `set_input_tensor`, then `forward(batch)`.
 
-    forward returns hidden states [S, 1, C] ([S / TP, 1, C] under sequence parallelism), on the last stage a
-    `LabelLoss`.
+    forward returns hidden states [S, 1, C] of this process's rows (under sequence parallelism [S / TP, 1, C]), on the
+    last stage a `LabelLoss`: under context parallelism the share of it that comes from these rows.
     """
 
     def __init__(self, config: ModelConfig, transformer: TransformerConfig, vp_stage: int | None = None) -> None:
@@ -87,6 +87,7 @@ class GRNStage(MegatronModule):
             pre_process=self.is_first, post_process=self.is_last, vp_stage=vp_stage)
         self.head = ParallelHead(config, transformer).to(transformer.params_dtype) if self.is_last else None
         self.placements = self._place()
+        self.shapes = {name: tuple(p.shape) for name, p in self.named_parameters()}
         self.to(transformer.params_dtype)
 
     def set_input_tensor(self, input_tensor: list[torch.Tensor | None] | torch.Tensor | None) -> None:
@@ -98,7 +99,8 @@ class GRNStage(MegatronModule):
             hidden = self.embedding(batch.input, self.config.params_dtype).unsqueeze(1)
             if self.config.sequence_parallel:
                 hidden = scatter_to_sequence_parallel_region(hidden)
-        hidden = self.block(hidden, attention_mask=None, packed_seq_params=PackedSequence(batch.input.layout))
+        sequence = PackedSequence(batch.input.layout, batch.input.part)
+        hidden = self.block(hidden, attention_mask=None, packed_seq_params=sequence)
         return self.head(hidden, batch) if self.is_last else hidden
 
     def _place(self) -> dict[str, Placement]:
@@ -126,7 +128,7 @@ class GRNStage(MegatronModule):
 
     def initial_value(self, name: str, seed: int) -> torch.Tensor:
         """fp32 local tensor of a parameter, cut out of the global one that is drawn by its official name."""
-        local = torch.empty(self.get_parameter(name).shape)
+        local = torch.empty(self.shapes[name])
         drawn: dict[str, torch.Tensor] = {}
         for piece in self.placements[name].pieces:
             if piece.name not in drawn:

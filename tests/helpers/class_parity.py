@@ -11,7 +11,7 @@ import torch
 from grn_scale.batch import Draw, Sample
 from grn_scale.class_to_image.batch import ClassBatch, assemble
 from grn_scale.config.class_schema import ClassConfig, ClassModelConfig
-from grn_scale.config.schema import DataConfig, OptimizerConfig, TrainConfig, ZeroConfig
+from grn_scale.config.schema import DataConfig, OptimizerConfig, ScheduleConfig, TrainConfig, ZeroConfig
 
 BATCHES = 4
 MODEL = ClassModelConfig(hidden_size=32, num_layers=3, num_heads=4, bottleneck_size=8, in_context_length=2,
@@ -25,7 +25,8 @@ def class_parity_config(*, optimizer: str = "adamw", precision: str = "fp32", st
                                ema_decay=0.9, weight_decay=0.1)
     return ClassConfig(seed=seed, model=dataclasses.replace(MODEL, label_form=form),
                        data=DataConfig(token_budget=128, packs_per_step=BATCHES), optimizer=settings,
-                       train=TrainConfig(precision=precision), zero=ZeroConfig(stage=stage))
+                       schedule=ScheduleConfig(warmup_steps=0), train=TrainConfig(precision=precision),
+                       zero=ZeroConfig(stage=stage))
 
 
 def class_batches_of_step(step: int, config: ClassConfig, chosen: Sequence[int], empty: bool) -> list[ClassBatch]:

@@ -22,12 +22,14 @@ from grn_scale.config.schema import (
     NoiseConfig,
     OptimizerConfig,
     ParallelConfig,
+    ScheduleConfig,
     TrainConfig,
     ZeroConfig,
 )
 from grn_scale.model import GRN, build_model
 from grn_scale.model.loss import label_loss
 from grn_scale.model.pack import PackedBatch, assemble
+from grn_scale.train.schedule import learning_rate
 from tests.helpers.class_parity import class_batches_of_step
 
 PACKS, BUDGET = 4, 128
@@ -36,17 +38,21 @@ MODEL = ModelConfig(hidden_size=32, num_layers=4, num_heads=4, ffn_hidden_size=6
 
 
 def parity_config(*, optimizer: str = "adamw", precision: str = "fp32", tensor: int = 1, sequence: bool = True,
-                  pipeline: int = 1, virtual_pipeline: int = 1, recompute: str = "none", stage: int = 1,
+                  pipeline: int = 1, virtual_pipeline: int = 1, context: int = 1, recompute: str = "none",
+                  recompute_modules: tuple[str, ...] = ("mlp",), stage: int = 1, offload: bool = False,
                   model: ModelConfig = MODEL, seed: int = 3, lr: float | None = None,
-                  clip_norm: float | None = None) -> Config:
-    """Clipping is active: gradient norms of this model lie well above 0.05."""
+                  clip_norm: float | None = None, warmup: int = 4) -> Config:
+    """Clipping is active: gradient norms of these models lie well above 0.05. The rate rises, then falls."""
     settings = OptimizerConfig(name=optimizer, lr=lr or (1e-3 if optimizer == "adamw" else 0.1),
                                clip_norm=clip_norm or 0.05, ema_decay=0.9, weight_decay=0.1)
     return Config(
         seed=seed, model=model, data=DataConfig(token_budget=BUDGET, packs_per_step=PACKS), optimizer=settings,
-        noise=NoiseConfig(mean=-0.3), train=TrainConfig(precision=precision), zero=ZeroConfig(stage=stage),
+        schedule=ScheduleConfig(warmup_steps=warmup, warmup_start=0.2, kind="cosine" if warmup else "constant",
+                                end_factor=0.1),
+        noise=NoiseConfig(mean=-0.3), train=TrainConfig(precision=precision), zero=ZeroConfig(stage, offload),
         parallel=ParallelConfig(tensor=tensor, sequence=sequence, pipeline=pipeline,
-                                virtual_pipeline=virtual_pipeline, recompute=recompute))
+                                virtual_pipeline=virtual_pipeline, context=context, recompute=recompute,
+                                recompute_modules=recompute_modules))
 
 
 def packs_of_step(step: int, config: Config, empty: bool = False) -> tuple[list[list[Sample]], dict[int, float]]:
@@ -77,13 +83,13 @@ def packs_of_step(step: int, config: Config, empty: bool = False) -> tuple[list[
 
 
 def batches_of_step(step: int, config: Config, packs: Sequence[int] | None = None,
-                    empty: bool = False) -> list[PackedBatch] | list[ClassBatch]:
+                    empty: bool = False, part: tuple[int, int] = (0, 1)) -> list[PackedBatch] | list[ClassBatch]:
     if isinstance(config, ClassConfig):
         return class_batches_of_step(step, config, range(PACKS) if packs is None else packs, empty)
     samples, weights = packs_of_step(step, config, empty)
     chosen = range(PACKS) if packs is None else packs
     return [assemble(samples[i], weights, config=config.model, noise=config.noise, seed=config.seed,
-                     length=BUDGET, device=torch.device("cpu")) for i in chosen]
+                     length=BUDGET, device=torch.device("cpu"), part=part) for i in chosen]
 
 
 @dataclasses.dataclass
@@ -117,6 +123,8 @@ def plain_run(config: Config, steps: int, empty: bool = False,
     average = {name: p.detach().clone() for name, p in masters.items()}
     trace = Trace([], [], {}, average, {})
     for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = _rate(config, step, steps)
         loss_sum = 0.0
         for master in masters.values():
             master.grad = torch.zeros_like(master)
@@ -138,6 +146,10 @@ def plain_run(config: Config, steps: int, empty: bool = False,
                 average[name].lerp_(masters[name], 1 - settings.ema_decay)
     trace.weights = {name: p.detach() for name, p in masters.items()}
     return trace
+
+
+def _rate(config: Config | ClassConfig, step: int, steps: int) -> float:
+    return learning_rate(step, config.optimizer.lr, config.schedule, steps)
 
 
 def _loss(model: GRN | ClassGRN, batch: PackedBatch | ClassBatch) -> torch.Tensor:
@@ -162,8 +174,8 @@ def engine_run(config: Config, steps: int, empty: bool = False, start: dict[str,
         rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         losses, norms = [], []
         for step in range(steps):
-            batches = batches_of_step(step, config, range(rank, PACKS, size), empty)
-            result = engine.train_step(batches, config.optimizer.lr)
+            batches = batches_of_step(step, config, range(rank, PACKS, size), empty, groups.context_parallel())
+            result = engine.train_step(batches, _rate(config, step, steps))
             assert result.applied
             losses.append(result.sums.loss)
             norms.append(result.gradient_norm)
@@ -177,9 +189,9 @@ def engine_run(config: Config, steps: int, empty: bool = False, start: dict[str,
 
 def _start_from(engine, weights: dict[str, torch.Tensor]) -> None:
     """Give the engine these weights, as a resume from a checkpoint of weights alone does."""
-    sections, parameters = engine.restore_chunks(0)
+    sections = engine.restore_chunks(0)
     with torch.no_grad():
-        for chunk in (*sections["model"], *parameters):
+        for chunk in sections["model"]:
             chunk.tensor.copy_(narrow(weights[chunk.name], chunk.offset, chunk.tensor.shape))
     engine.finish_restore(restart_average=True)
 

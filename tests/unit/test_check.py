@@ -34,6 +34,9 @@ def refusal(config, world):
     (("parallel.pipeline=3", "parallel.virtual_pipeline=2", "data.packs_per_step=6"), 6),
     (("parallel.pipeline=2", "parallel.tensor=2", "data.packs_per_step=1"), 4),
     (("zero.stage=0", "train.precision=fp32"), 1),
+    (("parallel.context=4", "data.packs_per_step=2"), 8),
+    (("parallel.context=2", "parallel.tensor=2", "parallel.pipeline=2", "data.packs_per_step=1"), 8),
+    (("zero.stage=3", "parallel.tensor=2", "parallel.recompute=full"), 2),
 ])
 def test_layout_that_fits_is_accepted(overrides, world):
     check_layout(tiny(*overrides), world)
@@ -58,6 +61,11 @@ def test_layout_that_fits_is_accepted(overrides, world):
     (("parallel.pipeline=2", "parallel.virtual_pipeline=3", "data.packs_per_step=6"), 4,
      ("3 for each of 2 data-parallel ranks", "data.packs_per_step=4 is the nearest")),
     (("zero.stage=0",), 1, ("zero.stage=1, or train.precision=fp32",)),
+    (("zero.stage=2", "parallel.pipeline=2", "data.packs_per_step=2"), 2, ("zero.stage=1, or parallel.pipeline=1",)),
+    (("parallel.context=8",), 8, ("has 4 heads to share out", "parallel.context=4 is the nearest")),
+    (("parallel.context=4", "parallel.tensor=2"), 8, ("has 2 heads", "parallel.context=2 is the nearest")),
+    (("parallel.context=3",), 3, ("into 3 equal parts", "data.token_budget=")),
+    (("parallel.context=2",), 3, ("start 2 processes",)),
 ])
 def test_layout_that_does_not_fit_names_rule_and_nearest_value(overrides, world, words):
     message = refusal(tiny(*overrides), world)

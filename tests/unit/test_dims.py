@@ -7,14 +7,17 @@ import pytest
 from grn_scale.parallel.dims import Coordinate, Dims
 
 
-@pytest.mark.parametrize("dims", [Dims(1, 1, 1, 1), Dims(24, 2, 3, 4), Dims(4096, 8, 4, 128), Dims(6000, 6, 8, 125)])
+@pytest.mark.parametrize("dims", [
+    Dims(1, 1, 1, 1, 1), Dims(24, 2, 1, 4, 3), Dims(4096, 8, 2, 64, 4), Dims(6000, 6, 1, 125, 8)])
 def test_rank_and_coordinate_are_inverse_and_groups_partition_the_world(dims):
     for rank in range(dims.world):
         assert dims.rank(dims.coordinate(rank)) == rank
     step = max(1, dims.world // 50)
     for rank in range(0, dims.world, step):
         for group, size in ((dims.tensor_group, dims.tensor), (dims.data_group, dims.data),
-                            (dims.pipeline_group, dims.pipeline), (dims.model_group, dims.tensor * dims.pipeline)):
+                            (dims.context_group, dims.context), (dims.pipeline_group, dims.pipeline),
+                            (dims.pack_group, dims.tensor * dims.context * dims.pipeline),
+                            (dims.replica_group, dims.context * dims.data)):
             members = group(rank)
             assert len(set(members)) == size and rank in members
             assert all(group(member) == members for member in members[:3])
@@ -26,23 +29,24 @@ def test_tensor_ranks_are_neighbours_and_stages_lie_furthest_apart():
     assert dims.tensor_group(5) == [4, 5]
     assert dims.data_group(1) == [1, 3, 5, 7]
     assert dims.pipeline_group(1) == [1, 9]
-    assert dims.model_group(0) == [0, 1, 8, 9]
-    assert dims.coordinate(11) == Coordinate(tensor=1, data=1, pipeline=1)
+    assert dims.pack_group(0) == [0, 1, 8, 9]
+    assert dims.coordinate(11) == Coordinate(tensor=1, context=0, data=1, pipeline=1)
+    assert Dims.of_world(16, tensor=2, pipeline=2, context=2).context_group(1) == [1, 3]
 
 
 def test_groups_are_those_of_megatron_core():
     from megatron.core.parallel_state import RankGenerator
 
-    for tensor, pipeline, data in itertools.product((1, 2, 4), (1, 2, 3), (1, 2, 5)):
-        theirs = RankGenerator(tp=tensor, ep=1, dp=data, pp=pipeline, cp=1, order="tp-cp-ep-dp-pp")
-        ours = Dims(tensor * pipeline * data, tensor, pipeline, data)
+    for tensor, context, pipeline, data in itertools.product((1, 2, 4), (1, 2), (1, 2, 3), (1, 2, 5)):
+        theirs = RankGenerator(tp=tensor, ep=1, dp=data, pp=pipeline, cp=context, order="tp-cp-ep-dp-pp")
+        ours = Dims(tensor * context * pipeline * data, tensor, context, data, pipeline)
         for token, group in (("tp", ours.tensor_group), ("dp", ours.data_group), ("pp", ours.pipeline_group),
-                             ("tp-pp", ours.model_group)):
+                             ("cp", ours.context_group), ("tp-cp-pp", ours.pack_group), ("dp-cp", ours.replica_group)):
             assert {tuple(sorted(g)) for g in theirs.get_ranks(token)} == {tuple(group(r)) for r in range(ours.world)}
 
 
 def test_degrees_that_do_not_make_the_world_are_refused():
-    with pytest.raises(ValueError, match="2 x 3 x 1, but the world is 7"):
+    with pytest.raises(ValueError, match="2 x 1 x 3 x 1, but the world is 7"):
         Dims.of_world(7, tensor=2, pipeline=1)
     with pytest.raises(ValueError, match="rank 4 does not exist in a world of 4"):
-        Dims(4, 2, 1, 2).coordinate(4)
+        Dims(4, 2, 1, 2, 1).coordinate(4)

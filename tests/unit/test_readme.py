@@ -9,6 +9,7 @@ import pytest
 from grn_scale.cli import COMMANDS, find_command
 from grn_scale.command_line import dotted_keys
 from grn_scale.config import Config
+from grn_scale.config.support import support_table
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -34,3 +35,9 @@ def test_command_line_shown_to_people_is_a_real_one(line):
     r"`((?:grn_scale|pretrain|data_pipeline|configs|tests|docs)/[\w./-]*)`", README))))
 def test_file_that_the_readme_names_exists(name):
     assert (ROOT / name).exists()
+
+
+def test_the_table_of_layouts_is_what_the_rules_say():
+    begin = "<!-- made by: python -m grn_scale.config.support -->\n"
+    table = README[README.index(begin) + len(begin):README.index("\n<!-- end -->")]
+    assert table == support_table(), "put the output of `python -m grn_scale.config.support` there"
