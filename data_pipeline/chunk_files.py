@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from collections import defaultdict
 
 from grn_scale.data.index_parts import INDEX_FOLDER
+from grn_scale.data_pipeline.read_ahead import read_ahead
 from grn_scale.data_pipeline.records import FOLDER as RECORDS
-from grn_scale.data_pipeline.records import ChunkRecord, Records
+from grn_scale.data_pipeline.records import SOURCES, ChunkRecord, RecordName
 from grn_scale.storage import Storage
 
-SOURCES = "sources/"
+log = logging.getLogger(__name__)
+
 TAR = re.compile(r"(video|text)-\d{6,}(-[0-9a-f]{8})?\.tar")
 PART = re.compile(r"index/(video|text)-\d{6,}(-[0-9a-f]{8})?-[0-9a-f]{8}\.parquet")
-_RECORD = re.compile(r"chunks/(\d{6,})-[0-9a-f]{16}-\d+\.json")
-_SOURCES = re.compile(r"sources/(\d{6,})\.json")
+_SOURCES = re.compile(re.escape(SOURCES) + r"(\d{6,})\.json")
 
 
 def chunk_of_file(name: str) -> int | None:
     """Number of the chunk that a file is kept for; None for any other file."""
-    match = _RECORD.fullmatch(name) or _SOURCES.fullmatch(name)
+    if record := RecordName.of(name):
+        return record.number
+    match = _SOURCES.fullmatch(name)
     return int(match[1]) if match else None
 
 
@@ -28,14 +33,33 @@ def chunk_files(storage: Storage) -> list[str]:
 
 
 def read_records(storage: Storage) -> tuple[dict[int, list[ChunkRecord]], list[str]]:
-    """Records by chunk number, in order, and the names of those that cannot be read or are of no use."""
-    records = Records(storage)
-    records.refresh()
-    names = [name for name in chunk_files(storage) if name.startswith(RECORDS)]
-    found = {number: [record for record in records.of_number(number) if record.name in names and _plausible(record)]
-             for number in sorted({chunk_of_file(name) for name in names})}
-    readable = {record.name for group in found.values() for record in group}
-    return {number: group for number, group in found.items() if group}, [n for n in names if n not in readable]
+    """Records by chunk number, in order, and the names of those that cannot be read or are of no use.
+
+    A record whose file was changed is among them as it is now: its shards may be told from it still.
+    """
+    found: dict[int, list[ChunkRecord]] = defaultdict(list)
+    of_no_use = []
+    names = [record for name in storage.names(RECORDS) if (record := RecordName.of(name))]
+    for name, record in zip(names, read_ahead(lambda name: _read(storage, name), names)):
+        if record is not None:
+            found[name.number].append(record)
+        else:
+            of_no_use.append(str(name))
+    return found, of_no_use
+
+
+def _read(storage: Storage, name: RecordName) -> ChunkRecord | None:
+    try:
+        record = ChunkRecord.from_json(storage.read(name))
+        usable = _plausible(record) and _without_content(record.name) == _without_content(name)
+    except (ValueError, TypeError, KeyError, AttributeError, FileNotFoundError) as error:
+        log.warning("%s cannot be used (%r)", storage / name, error)
+        return None
+    return record if usable else None
+
+
+def _without_content(name: RecordName) -> str:
+    return name.rpartition("-")[0]
 
 
 def _plausible(record: ChunkRecord) -> bool:

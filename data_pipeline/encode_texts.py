@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from grn_scale.data.schema import Caption, ShardInfo, TextRef, TextRow
@@ -62,8 +62,12 @@ class TextShards:
                 texts.setdefault(text_key(text, self.settings.fingerprint), text)
         return texts
 
-    def make(self, path: str, texts: Mapping[str, str]) -> tuple[ShardInfo, list[TextRow]]:
-        """The shard of the texts (key -> text), and its rows in order."""
+    def make(self, path: str, texts: Mapping[str, str],
+             confirm: Callable[[], None]) -> tuple[ShardInfo, list[TextRow]]:
+        """The shard of the texts (key -> text), and its rows in order.
+
+        confirm: called when all is done and the file is about to appear; if it raises, none does.
+        """
         rows = []
         entries = list(texts.items())
         with write_shard(path) as writer:
@@ -73,6 +77,7 @@ class TextShards:
                 with self._meter.timed("text_write"):
                     rows += [writer.add_text(key, self._encoder.token_ids(text), payload)
                              for (key, text), payload in zip(block, payloads)]
+            confirm()
         return writer.info, rows
 
     def caption(self, kind: str, text: str, latent_frames: int, entries: Mapping[str, TextRef]) -> Caption:

@@ -6,7 +6,7 @@ batches. Decoding runs ahead in other processes and writing behind in a thread, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -45,12 +45,13 @@ class VideoShards:
         self._writer.shutdown()
 
     def make(self, path: str, sources: Mapping[str, Source],
-             decoded: Iterator[tuple[DecodeRequest, DecodedClip | DecodeError]],
+             decoded: Iterator[tuple[DecodeRequest, DecodedClip | DecodeError]], confirm: Callable[[], None],
              ) -> tuple[ShardInfo | None, list[IndexRow], dict[str, Problem]]:
         """The shard of the clips (key -> line), its index rows (without captions) in the order of the tar, and by key
         what could not be decoded.
 
-        decoded: gives the result of each clip in order. No file is made, and None is given, where no clip is left.
+        decoded: gives the result of each clip in order. confirm: called when all is done and the file is about to
+        appear; if it raises, none does. No file is made, and None is given, where no clip is left.
         """
         bad: dict[str, Problem] = {}
         rows: list[IndexRow] = []
@@ -66,6 +67,7 @@ class VideoShards:
                     rows += unwritten.pop(0).result()
             for writing in unwritten:
                 rows += writing.result()
+            confirm()
         return writer.info, rows, bad
 
     def _encoded(self, sources: Mapping[str, Source],

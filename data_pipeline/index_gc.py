@@ -25,7 +25,7 @@ from grn_scale.errors import ConfigError, UserError
 from grn_scale.storage import LocalStorage, Storage
 
 _SNAPSHOT = re.compile(r"index/snapshot-[0-9a-f]{16}\.parquet")
-_OTHER = re.compile(r"(dataset|tokenize|manifest|merge|status)\.json|quarantine\.jsonl|config\.yaml")
+_OTHER = re.compile(r"(dataset|tokenize|manifest|merge|status|finished)\.json|quarantine\.jsonl|config\.yaml")
 _PARTIAL = re.compile(r"(.+?)\.[A-Za-z0-9_-]+\.partial")
 """What a killed writer leaves, after the name that the file was to get."""
 

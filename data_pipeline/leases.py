@@ -2,11 +2,12 @@
 
 Any number of processes on any number of machines share the work through a folder, on a local disk, NFS or object
 storage. A claim saves work, it does not guard it: finished pieces are files that appear whole and whose bytes depend on
-the piece alone, so two holders of one claim do the same twice and nothing else. That is what makes it safe where
-clocks differ, a machine stalls, or a store has no exclusive creation.
+the piece and the environment alone, so two holders of one claim do the same twice and nothing else. That is what makes
+it safe where clocks differ, a machine stalls, or a store has no exclusive creation.
 
 A claim is free again when its holder gives it back, when its process is known to be gone (same machine), or when its
-file has stayed the same for `seconds` by the clock of the one who looks. No two clocks are compared.
+file has stayed the same for `seconds` by the clock of the one who looks. No two clocks are compared. A process that
+slept for longer finds the claim of another in the file: it neither renews nor removes that one, and `check` says so.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ log = logging.getLogger(__name__)
 FOLDER = "leases/"
 RENEWALS = 4
 """Renewals in the time after which a claim counts as left behind."""
+
+
+class ClaimLost(Exception):
+    """Another process holds the claim now, or held it and is done: what was made under it here is to be dropped."""
 
 
 class Leases:
@@ -79,11 +84,18 @@ class Leases:
         self._seen.pop(name, None)
         return True
 
+    def check(self, name: str) -> None:
+        """ClaimLost unless the claim is still this process's. OSError where that cannot be seen."""
+        if name not in self._held or not self._is_own(name):
+            raise ClaimLost(name)
+
     def release(self, name: str) -> None:
-        """Give a claim back, at the end of the work or before."""
+        """Give a claim back, at the end of the work or before; nothing happens where it is another's by now."""
         with self._lock:
-            self._held.discard(name)
-            self._storage.delete(FOLDER + name)
+            if name in self._held:
+                self._held.remove(name)
+                if self._is_own(name):
+                    self._storage.delete(FOLDER + name)
 
     def claimed(self) -> set[str]:
         """Names claimed by anybody, also those left behind."""
@@ -92,6 +104,16 @@ class Leases:
     def _claim(self) -> bytes:
         self._beat += 1
         return json.dumps({**self._holder, "beat": self._beat}).encode()
+
+    def _is_own(self, name: str) -> bool:
+        """Whether the file of a claim is there and names this process. OSError where it cannot be read."""
+        try:
+            return json.loads(self._storage.read(FOLDER + name))["owner"] == self._holder["owner"]
+        except FileNotFoundError:
+            return False
+        except (ValueError, KeyError, TypeError) as error:
+            log.debug("%s%s: %r", FOLDER, name, error)  # another release's, or damaged: not what this one wrote
+            return False
 
     def _left_behind(self, name: str, current: bytes) -> bool:
         """Whether the holder of a claim with this content is gone."""
@@ -111,9 +133,15 @@ class Leases:
     def _renew(self) -> None:
         while not self._stop.wait(self._seconds / RENEWALS):
             with self._lock:
-                for name in self._held:
+                for name in list(self._held):
                     try:
-                        self._storage.write_bytes(FOLDER + name, self._claim())
+                        # After a long sleep the claim may be another's. Between the look and the write that may still
+                        # happen: then the other one finds that it has lost it, and one of the two goes on.
+                        if self._is_own(name):
+                            self._storage.write_bytes(FOLDER + name, self._claim())
+                        else:
+                            log.warning("the claim of %s is another process's by now", name)
+                            self._held.remove(name)
                     except (OSError, UserError) as error:  # a full disk too: the claim may be lost, the work is not
                         log.warning("cannot renew the claim of %s: %s", name, error)
 

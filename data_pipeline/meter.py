@@ -18,16 +18,28 @@ from grn_scale.storage import Storage
 log = logging.getLogger(__name__)
 
 FOLDER = "workers/"
-WRITE_SECONDS = 2.0
+SHORTEST_SECONDS, LONGEST_SECONDS = 2.0, 60.0
+CHUNKS_A_SECOND = 200
+"""Chunks of a job for each second between two looks at it."""
+
+
+def refresh_seconds(chunks: int) -> float:
+    """Seconds between two looks at a job of so many chunks, and between two words of a worker on itself.
+
+    A large job has long listings, many workers, and days to go: what the file system bears sets the pace, not the eye.
+    """
+    return min(LONGEST_SECONDS, max(SHORTEST_SECONDS, chunks / CHUNKS_A_SECOND))
 
 
 class WorkerMeter:
     """Counts and times of one worker, written to workers/<name>.json every few seconds; use as a context manager."""
 
     def __init__(self, storage: Storage, name: str, decoders: int = 0,
-                 decode_seconds: Callable[[], float] = float) -> None:
-        """decode_seconds: says how long the `decoders` decoding processes were busy so far, all together."""
+                 decode_seconds: Callable[[], float] = float, chunks: int = 0) -> None:
+        """decode_seconds: says how long the `decoders` decoding processes were busy so far, all together. chunks: of
+        the job, which say how often the file is written."""
         self._storage, self._name, self._decoders, self._decode_seconds = storage, name, decoders, decode_seconds
+        self._pause = refresh_seconds(chunks)
         self._began = time.monotonic()
         self._began_at = time.time()
         self._counts: dict[str, int] = defaultdict(int)
@@ -83,7 +95,7 @@ class WorkerMeter:
                 self._counts[name] += amount
 
     def _write_often(self) -> None:
-        while not self._stop.wait(WRITE_SECONDS):
+        while not self._stop.wait(self._pause):
             self._write("working")
 
     def _write(self, state: str) -> None:

@@ -17,7 +17,7 @@ import re
 import socket
 import sys
 import time
-from collections import Counter
+import uuid
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -30,29 +30,37 @@ from grn_scale.command_line import CommandParser, config_yaml, run, start_loggin
 from grn_scale.config.check import check_output, check_set
 from grn_scale.config.class_schema import SCHEMAS
 from grn_scale.config.schema import Config
-from grn_scale.data.schema import DatasetInfo
 from grn_scale.data_pipeline.caption_sample import sample_captions
+from grn_scale.data_pipeline.environment import environment
 from grn_scale.data_pipeline.estimate import estimate_texts
-from grn_scale.data_pipeline.finish import finish, finished_dataset, write_quarantine
-from grn_scale.data_pipeline.fleet import fleet_status, run_workers, shown
-from grn_scale.data_pipeline.job import POLL_SECONDS, Job, begin_generation, claim_folder, open_job
+from grn_scale.data_pipeline.finish import (
+    Finished,
+    finish_once,
+    finished_before,
+    quarantine_unfinished,
+    warn_of_quarantined,
+)
+from grn_scale.data_pipeline.fleet import run_workers
+from grn_scale.data_pipeline.fleet_status import fleet_status, shown
+from grn_scale.data_pipeline.job import Job, begin_generation, claim_folder, open_job
 from grn_scale.data_pipeline.leases import Leases
 from grn_scale.data_pipeline.records import Records
+from grn_scale.data_pipeline.retries import ask_for_retry, asked_for
 from grn_scale.data_pipeline.settings import text_settings, video_settings
 from grn_scale.errors import ConfigError
 from grn_scale.storage import LocalStorage, Storage
 from grn_scale.tokenizer import load_tokenizer
-from grn_scale.tokenizer.text import TextTokenizer, load_text_tokenizer
+from grn_scale.tokenizer.text import load_text_tokenizer
 
 log = logging.getLogger(__name__)
 
-FINISH_LEASE = "finish"
 
-
-def tokenize(config: Config, *, retry_quarantined: bool = False) -> dict[str, Any]:
+def tokenize(config: Config, *, retry_quarantined: bool = False, accept_environment: bool = False) -> dict[str, Any]:
     """Make the dataset that `config` describes in the folder `config.output`; a summary as plain values.
 
-    retry_quarantined: make shards anew that lack a clip whose decoding failed.
+    retry_quarantined: make shards anew that lack a clip whose decoding failed, once for all tasks of a Slurm job.
+    accept_environment: where finished chunks were made with other libraries or on another device, keep them and make
+    the rest here; workers that still run there stop.
 
     Raises UserError, ConfigError, or DoNotRequeue where more of the manifest is bad than
     `tokenize.max_bad_fraction`; quarantine.jsonl is written in that case too.
@@ -70,7 +78,9 @@ def tokenize(config: Config, *, retry_quarantined: bool = False) -> dict[str, An
     estimate = estimate_texts(*sample_captions(manifest), texts, config.model.task_tags)
     log.info(estimate.describe(config.text))
     video = video_settings(config, tokenizer)
-    states = claim_folder(storage, video, config.tokenize.shard_samples, estimate.chosen(config.text))
+    command = _command()
+    states = claim_folder(storage, video, config.tokenize.shard_samples, estimate.chosen(config.text),
+                          environment(config.tokenize, _device()), command if accept_environment else None)
     config = replace(config, text=replace(config.text, states=states if config.text.states == "auto" else
                                           config.text.states))
     storage.write_bytes("config.yaml", config_yaml(config).encode())
@@ -82,16 +92,23 @@ def tokenize(config: Config, *, retry_quarantined: bool = False) -> dict[str, An
         begin_generation(job)
         records = Records(storage)
         records.refresh()
-        records.drop_incomplete()
-        before = {record.number for record in records.of_job(job.digests)}
-        try:
-            with shown(job, records, began):
-                run_workers(config, _worker_name(), records, retry_quarantined)
-        finally:
-            records.refresh()
-            quarantined = _quarantine(job, records)
-        info = _finish(job, records, texts, leases)
-        return _summary(job, records, info, before, quarantined, began)
+        before = set(records.finished(job.digests))
+        if retry_quarantined and not ask_for_retry(storage, command, before):
+            log.info("this Slurm job has asked before for what failed to be decoded again: it is not tried twice")
+        done = finished_before(job, records, retry=not before.isdisjoint(asked_for(storage)))
+        status = fleet_status(job, records)
+        if done is None:
+            try:
+                with shown(job, records, leases, began) as fleet:
+                    before = set(records.finished(job.digests))  # those whose shards are gone have been dropped
+                    run_workers(config, _worker_name(), records)
+            except BaseException:  # whatever ends the job, also Ctrl-C: what is known of bad lines is written down
+                quarantine_unfinished(job, records, leases)
+                raise
+            done, status = finish_once(job, records, texts, leases), fleet.latest
+            _remove_leftovers(storage)
+        warn_of_quarantined(job, done.quarantined)
+        return _summary(job, done, len(before.intersection(records.finished(job.digests))), status)
 
 
 def _check_model(config: Config, latent_channels: int, text_hidden_size: int) -> None:
@@ -104,48 +121,36 @@ def _check_model(config: Config, latent_channels: int, text_hidden_size: int) ->
                               f"model.{field}={value}")
 
 
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _command() -> str:
+    """Names this command: all tasks of a Slurm job or array, whenever they start, are one; else each process is."""
+    job = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID")
+    return f"slurm-{job}" if job else uuid.uuid4().hex
+
+
 def _worker_name() -> str:
     return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname()) + f"-{os.getpid()}"
 
 
-def _quarantine(job: Job, records: Records) -> Counter[str]:
-    reasons = write_quarantine(job, records)
-    if reasons:
-        log.warning("%d of the manifest's lines give no sample (%s); see %s. A later run leaves out what failed to "
-                    "decode, unless --retry-quarantined is given", reasons.total(),
-                    ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items())),
-                    job.storage / "quarantine.jsonl")
-    return reasons
+def _remove_leftovers(storage: Storage) -> None:
+    if isinstance(storage, LocalStorage):
+        for name in ("", "index", "chunks", "sources", "leases", "workers", "retries"):
+            remove_leftovers(storage.path(name))
 
 
-def _finish(job: Job, records: Records, texts: TextTokenizer, leases: Leases) -> DatasetInfo:
-    """The finished dataset, put together by one process of the fleet."""
-    waited = False
-    while not leases.claim(FINISH_LEASE):
-        waited = True
-        time.sleep(POLL_SECONDS)
-    try:
-        info = finished_dataset(job, records) if waited else None
-        return info or finish(job, records, texts)
-    finally:
-        leases.release(FINISH_LEASE)
-        if isinstance(job.storage, LocalStorage):
-            for name in ("", "index", "chunks", "sources", "leases", "workers"):
-                remove_leftovers(job.storage.path(name))
-
-
-def _summary(job: Job, records: Records, info: DatasetInfo, before: set[int], quarantined: Counter[str],
-             began: float) -> dict[str, Any]:
-    kept = [record for record in records.of_job(job.digests) if record.number in before]
+def _summary(job: Job, done: Finished, kept_chunks: int, status: dict[str, Any]) -> dict[str, Any]:
+    info, quarantined = done.info, sum(done.quarantined.values())
     return {
         "output": job.storage.location, "samples": info.samples, "visual_tokens": info.tokens,
         "text_states": info.text_states, "captions": sum(shard.samples for shard in info.text_shards),
-        "video_shards": len(info.video_shards), "text_shards": len(info.text_shards), "kept_chunks": len(kept),
+        "video_shards": len(info.video_shards), "text_shards": len(info.text_shards), "kept_chunks": kept_chunks,
         "bytes": sum(shard.bytes for shard in (*info.video_shards, *info.text_shards)),
-        "manifest_lines": job.lines, "quarantined": dict(sorted(quarantined.items())),
-        "duplicate_lines": job.lines - info.samples - quarantined.total(),
-        "snapshot": info.snapshot, "device": "cuda" if torch.cuda.is_available() else "cpu",
-        **fleet_status(job, records, began)}
+        "manifest_lines": job.lines, "quarantined": dict(sorted(done.quarantined.items())),
+        "duplicate_lines": job.lines - info.samples - quarantined,
+        "snapshot": info.snapshot, "device": _device(), **status}
 
 
 def main(argv: list[str]) -> int:
@@ -156,7 +161,11 @@ def main(argv: list[str]) -> int:
         "grn-scale tokenize --config configs/runs/demo.yaml data.manifest=clips.jsonl output=tokens/", json=True,
         schema=SCHEMAS)
     parser.add_argument("--retry-quarantined", action="store_true",
-                        help="decode clips again that failed in an earlier run (their whole shards are made anew)")
+                        help="decode clips again that failed in an earlier run (their whole shards are made anew); "
+                        "once for all tasks of a Slurm job or array")
+    parser.add_argument("--accept-environment", action="store_true",
+                        help="go on with other libraries, GPU, CPU or threads than the finished chunks were made with: "
+                        "they stay, the rest is made here, and workers of the former environment stop")
     parser.add_argument("--max-bad", type=float, metavar="FRACTION",
                         help="stop with exit code 78 when more of the manifest gives no sample; short for "
                         "tokenize.max_bad_fraction")
@@ -164,7 +173,8 @@ def main(argv: list[str]) -> int:
     if options.max_bad is not None:
         config = replace(config, tokenize=replace(config.tokenize, max_bad_fraction=options.max_bad))
     start_logging()
-    summary = tokenize(config, retry_quarantined=options.retry_quarantined)
+    summary = tokenize(config, retry_quarantined=options.retry_quarantined,
+                       accept_environment=options.accept_environment)
     print(json.dumps(summary, indent=1) if options.json else _table(summary))
     return 0
 

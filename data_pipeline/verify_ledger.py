@@ -1,54 +1,57 @@
-"""`grn-scale verify --ledger`: did each epoch of a run take each sample as often as it should?
+"""`grn-scale verify --ledger`: did each epoch of a run take each draw of its plan once, and so each sample as often as
+it should?
 
 The answer takes the ledger, the run's config.yaml beside it, and the indexes of its datasets; no shard is read.
 """
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from grn_scale.config.data_schema import DataConfig
 from grn_scale.config.load import build, read_mapping
-from grn_scale.data.ledger import LedgerStep, Sample, check_epoch, read_steps
+from grn_scale.data.ledger import Ledger
+from grn_scale.data.ledger_check import check_epoch
 from grn_scale.data.mixture import Mixture
 from grn_scale.data.plan import Plan
 from grn_scale.errors import EXIT_FAILED, UserError
+
+FIRST = {"missing": "first_missing", "repeated": "first_repeated", "foreign": "first_foreign"}
+"""Kinds of draws that are not as they should be -> the field that names the first of each."""
 
 
 def check_ledger(path: Path, folder: str = "") -> list[dict[str, Any]]:
     """For each epoch of a training run's ledger what it took of the training samples, as plain values.
 
-    folder: where the dataset lies now, for a run on one dataset. The newest epoch may be unfinished: what it lacks is
-    not missing yet. Raises UserError or ConfigError where the ledger, the run's config.yaml beside it, or an index
-    cannot be read.
+    folder: where the dataset lies now, for a run on one dataset. The newest epoch may be unfinished: it must be whole
+    up to the window that it has come to. Raises UserError or ConfigError where the ledger, the run's config.yaml
+    beside it, or an index cannot be read.
     """
     data, seed = _settings(path.with_name("config.yaml"))
     if folder and not data.mixture:
         data = replace(data, dataset=folder)
-    steps = read_steps(path)
+    ledger = Ledger(path)
     plans: dict[str, Plan] = {}
-    epochs = sorted({step.epoch for step in steps.values()})
     found = []
-    for epoch in epochs:
-        snapshot = _snapshot_of(steps, epoch)
+    for epoch in ledger.epochs:
+        snapshot = _snapshot_of(ledger, epoch)
         if snapshot not in plans:
             plans[snapshot] = Plan.of(Mixture.open(data, snapshot, check_files=False), data, seed)
         plan = plans[snapshot]
-        expected = _expected(plan, epoch)
-        report = check_epoch(steps, epoch, expected)
-        finished = epoch != epochs[-1] or not report.missing
+        report = check_epoch(ledger, plan, epoch, functools.partial(_tracked, f"checking epoch {epoch}"))
         found.append({
-            "epoch": epoch, "snapshot": snapshot, "steps": report.steps, "visits": report.expected,
-            "finished": finished, "missing": len(report.missing), "repeated": len(report.repeated),
-            "exact": report.exact if finished else not report.repeated,
+            "epoch": epoch, "snapshot": snapshot, "steps": report.steps, "visits": sum(report.visits),
+            "finished": report.finished, "missing": report.missing, "repeated": report.repeated,
+            "foreign": report.foreign, "exact": report.exact,
+            **{name: [asdict(draw) for draw in getattr(report, name)] for name in FIRST.values()},
             "datasets": [{"dataset": part.dataset, "visits_of_an_image": visits.images,
-                          "visits_of_a_video": visits.videos,
-                          "visits": sum(count for (number, _), count in expected.items() if number == dataset)}
-                         for dataset, (part, visits) in enumerate(zip(data.parts, plan.visits))]})
+                          "visits_of_a_video": visits.videos, "visits": count}
+                         for part, visits, count in zip(data.parts, plan.visits, report.visits)]})
     return found
 
 
@@ -64,11 +67,21 @@ def ledger_lines(epochs: list[dict[str, Any]]) -> Iterator[str]:
     for epoch in epochs:
         once = all(part["visits_of_an_image"] == part["visits_of_a_video"] == 1 for part in epoch["datasets"])
         right = "each sample once" if once else "each sample as often as the mixture says"
-        right = right if epoch["finished"] else "no sample too often"
+        right = right if epoch["finished"] else "no draw left out or taken twice so far"
         state = "finished" if epoch["finished"] else "under way"
         yield (f"epoch {epoch['epoch']} ({state}, {epoch['steps']} steps): {right if epoch['exact'] else 'WRONG'}; of "
-               f"{epoch['visits']} visits to training samples, {epoch['missing']} samples lack some and "
-               f"{epoch['repeated']} had too many")
+               f"{epoch['visits']} draws of training samples, {epoch['missing']} are missing, {epoch['repeated']} were "
+               f"taken again and {epoch['foreign']} are not of the plan")
+        for kind, name in FIRST.items():
+            for draw in epoch[name]:
+                where = "" if draw["step"] is None else f" in step {draw['step']}"
+                yield f"  {kind}: draw {draw['draw']}, sample {draw['key']} of dataset {draw['dataset']}{where}"
+            if epoch[kind] > len(epoch[name]):
+                yield f"  {kind}: and {epoch[kind] - len(epoch[name])} more"
+        if epoch["foreign"]:
+            yield ("  the plan is the one of config.yaml beside the ledger: if seed, data.window_shards or another "
+                   "setting of data was changed between epochs, check this one beside a config.yaml that has the old "
+                   "values")
 
 
 def _settings(path: Path) -> tuple[DataConfig, int]:
@@ -79,14 +92,16 @@ def _settings(path: Path) -> tuple[DataConfig, int]:
     return build(DataConfig, values["data"], "data."), values["seed"]
 
 
-def _snapshot_of(steps: dict[int, LedgerStep], epoch: int) -> str:
-    snapshots = sorted({step.snapshot for step in steps.values() if step.epoch == epoch})
+def _snapshot_of(ledger: Ledger, epoch: int) -> str:
+    snapshots = ledger.snapshots(epoch)
     if len(snapshots) > 1:
         raise UserError(f"the ledger has steps of epoch {epoch} on the snapshots {' and '.join(snapshots)}, but an "
                         "epoch keeps the one it began with: it is not of one run")
     return snapshots[0]
 
 
-def _expected(plan: Plan, epoch: int) -> dict[Sample, int]:
-    return {(dataset, key.decode()): count for dataset, keys, counts in plan.visits_by_shard(epoch)
-            for key, count in zip(keys[counts > 0].tolist(), counts[counts > 0].tolist())}
+def _tracked(what: str, steps: list) -> Iterable:
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(steps, what, console=Console(stderr=True), transient=True)

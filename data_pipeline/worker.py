@@ -5,6 +5,12 @@
 `grn-scale tokenize` starts these. A worker talks to no other: what is claimed and what is finished it sees in the
 output folder, so workers may come, crash and go on any machine. The next chunk is claimed, and its media files are
 hashed, while the present one is encoded, and decoding runs over the border between them.
+
+A worker that slept (a paused machine, a file server that hung) may find that another one has taken its chunk over. It
+looks right before a shard and a record appear, and then drops its own. What happens between that look and the renaming
+of the file (for an object store: its upload) goes unseen. Then both write the file, with the same bytes, as all workers
+of a job have the same environment; only where another one is accepted in that very moment the bytes may be others than
+the record says, which `grn-scale verify` shows.
 """
 
 from __future__ import annotations
@@ -18,7 +24,6 @@ import sys
 import threading
 import time
 import zlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -27,7 +32,7 @@ from pathlib import Path
 
 import torch
 
-from grn_scale.command_line import CommandParser, run, start_logging
+from grn_scale.command_line import CommandParser, os_error_message, run, start_logging
 from grn_scale.config.class_schema import SCHEMAS
 from grn_scale.config.schema import Config
 from grn_scale.data.decode import DecodeRequest
@@ -35,13 +40,15 @@ from grn_scale.data.decode_pool import DecodePool
 from grn_scale.data.index_parts import TEXT_SCHEMA, read_table, read_video_part, write_text_part, write_video_part
 from grn_scale.data.manifest_chunks import read_chunk
 from grn_scale.data.schema import IndexRow, ShardInfo, TextRef
-from grn_scale.data_pipeline.chunks import Problem, Source, digest, distinct, find_sources, made_from
+from grn_scale.data_pipeline.chunks import Contents, Problem, Source, digest, distinct, find_sources, made_from
 from grn_scale.data_pipeline.encode_texts import TextShards
 from grn_scale.data_pipeline.encode_videos import VideoShards
+from grn_scale.data_pipeline.environment import environment
 from grn_scale.data_pipeline.job import Job, open_job
-from grn_scale.data_pipeline.leases import Leases
+from grn_scale.data_pipeline.leases import ClaimLost, Leases
 from grn_scale.data_pipeline.meter import WorkerMeter
-from grn_scale.data_pipeline.records import ChunkRecord, Records, SourcesRecord
+from grn_scale.data_pipeline.records import ChunkRecord, RecordName, Records, SourcesRecord
+from grn_scale.data_pipeline.retries import asked_for
 from grn_scale.data_pipeline.settings import load_text, text_settings, video_settings
 from grn_scale.errors import EXIT_FAILED, DoNotRequeue, UserError
 from grn_scale.storage import Storage
@@ -52,8 +59,6 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 1.0
 LONGEST_POLL_SECONDS = 15.0
 """Pause before looking again where all chunks that are left belong to other workers, for long leases."""
-PASSING_REASONS = frozenset(("missing", "unreadable"))
-"""Reasons of lines without a sample that may be gone at the next run: a mount that was not there."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,8 @@ class PlannedChunk:
     """All its lines."""
     clips: dict[str, Source]
     """Each clip once, by key."""
-    sources_record: SourcesRecord
+    contents: Contents
+    """Of its media files."""
     video_from: str
     kept: ChunkRecord | None
     """An earlier record whose video shard is as good as a new one."""
@@ -79,14 +85,12 @@ class Worker:
     """Makes the shards of the chunks it can claim. `run` does it all."""
 
     def __init__(self, job: Job, config: Config, records: Records, leases: Leases, videos: VideoShards,
-                 texts: TextShards, pool: DecodePool, meter: WorkerMeter, retry: bool = False) -> None:
-        """retry: make chunks anew that lack a clip whose decoding failed in an earlier run."""
+                 texts: TextShards, pool: DecodePool, meter: WorkerMeter) -> None:
         self._job, self._config, self._records, self._leases = job, config, records, leases
         self._videos, self._texts, self._pool, self._meter = videos, texts, pool, meter
         # What was missing or unreadable may have come back, at the cost of a look; decoding again has to be asked for.
-        self._retry = retry
-        self._to_retry = {record.number: record for record in self._finished()
-                          if (retry and record.failed) or record.bad.keys() & PASSING_REASONS}
+        self._asked_for = asked_for(job.storage)
+        self._to_retry = {name.number: name for name in self._finished() if name in self._asked_for or name.passing}
         self._ample = True
 
     def run(self) -> None:
@@ -101,18 +105,22 @@ class Worker:
                                      if chunk.kept is None for source in chunk.clips.values())
             made = 0
             for chunk in walked:
-                self._make(chunk, decoded)
+                try:
+                    self._make(chunk, decoded)
+                except ClaimLost:
+                    log.warning("chunk %d is another worker's by now, as this one was not heard of for too long; what "
+                                "was made of it here is dropped", chunk.number)
                 self._leases.release(_lease(chunk.number))
                 made += 1
-            if not made:
+            if not made and self._unfinished():
                 time.sleep(min(LONGEST_POLL_SECONDS, self._config.tokenize.lease_seconds / 4))
-            self._records.refresh()
+                self._records.refresh()
 
-    def _finished(self) -> list[ChunkRecord]:
-        return self._records.of_job(self._job.digests)
+    def _finished(self) -> list[RecordName]:
+        return self._records.finished(self._job.digests)
 
     def _unfinished(self) -> list[int]:
-        finished = {record.number for record in self._finished() if self._to_retry.get(record.number) != record}
+        finished = {name.number for name in self._finished() if self._to_retry.get(name.number) != name}
         return [number for number in range(len(self._job.chunks)) if number not in finished]
 
     def _claimed(self) -> Iterator[PlannedChunk]:
@@ -127,8 +135,8 @@ class Worker:
 
     def _claim_one(self) -> PlannedChunk | None:
         self._job.check_generation()
-        self._records.refresh()
         claimed = self._leases.claimed()
+        self._records.refresh()  # after the claims: a chunk that is in neither list has not been begun
         left = self._unfinished()
         free = [number for number in left if _lease(number) not in claimed]
         self._ample = len(free) > len(claimed)
@@ -137,7 +145,8 @@ class Worker:
         for number in (*free[begin:], *free[:begin], *(number for number in left if _lease(number) in claimed)):
             if not self._leases.claim(_lease(number)):
                 continue
-            self._records.refresh()
+            if _lease(number) in claimed:
+                self._records.refresh()  # its holder may have finished it since
             if number in self._unfinished():
                 with self._meter.timed("hash"):
                     chunk = self._plan(number)
@@ -152,8 +161,7 @@ class Worker:
         job = self._job
         lines = read_chunk(job.manifest, job.chunks[number],
                            allow_empty_captions=self._config.tokenize.allow_empty_captions)
-        before = self._records.read_sources(number)
-        sources, contents = find_sources(lines, job.video, before.contents)
+        sources, contents = find_sources(lines, job.video, self._records.read_sources(number).contents)
         clips, kept, retries = distinct(sources), None, 0
         video_from = made_from(clips)
         for record in self._records.of_number(number):
@@ -161,7 +169,7 @@ class Worker:
                 kept, retries = record, record.retries
         if number in self._to_retry:
             before_retry = self._to_retry[number]
-            if kept and not (self._retry and kept.failed):
+            if kept and before_retry not in self._asked_for:
                 return None
             kept, retries = None, before_retry.retries + 1
         kept_rows: list[IndexRow] = []
@@ -171,8 +179,7 @@ class Worker:
         except UserError as error:
             log.warning("a finished video shard is made anew: %s", error)
             kept = None
-        return PlannedChunk(number, tuple(sources), clips, SourcesRecord(contents, before.bad), video_from, kept,
-                            kept_rows, retries)
+        return PlannedChunk(number, tuple(sources), clips, contents, video_from, kept, kept_rows, retries)
 
     def _make(self, chunk: PlannedChunk, decoded: Iterator) -> None:
         job, number = self._job, chunk.number
@@ -181,7 +188,8 @@ class Worker:
             video, failed, rows = chunk.kept.video, self._known_problems(chunk), chunk.kept_rows
         else:
             name = job.shard_name("video", number, [chunk.video_from, chunk.retries])
-            video, rows, failed = self._videos.make(job.storage / name, chunk.clips, decoded)
+            video, rows, failed = self._videos.make(job.storage / name, chunk.clips, decoded,
+                                                    lambda: self._confirm(number))
             self._check_budget(chunk, failed)
         captions = _captions(chunk.sources)
         text, entries, text_from = self._text(number, [(row.thw[0], [text for _, text in captions[row.key]])
@@ -192,17 +200,22 @@ class Worker:
                 for row in rows]
             video = write_video_part(job.storage, video, rows, self._texts.empty_tokens)
         bad = _bad_lines(chunk.sources, failed)
-        self._records.write_sources(number, SourcesRecord(chunk.sources_record.contents, bad))
+        self._confirm(number)
+        self._records.write_sources(number, SourcesRecord(chunk.contents))
         self._records.write(ChunkRecord(
-            number, job.digests[number], chunk.retries, len(chunk.sources),
-            dict(Counter(line["reason"] for line in bad)), {key: problem.reason for key, problem in failed.items()},
+            number, job.digests[number], chunk.retries, bad, {key: problem.reason for key, problem in failed.items()},
             chunk.video_from, text_from, video, text))
         self._to_retry.pop(number, None)
         self._meter.finished(len(chunk.sources))
 
+    def _confirm(self, number: int) -> None:
+        """ClaimLost where the chunk is another worker's by now, UserError where another job has begun."""
+        self._job.check_generation()
+        self._leases.check(_lease(number))
+
     def _known_problems(self, chunk: PlannedChunk) -> dict[str, Problem]:
         """Why the clips of a kept shard that are not in it could not be decoded."""
-        details = {line["key"]: line["detail"] for line in chunk.sources_record.bad if line["key"]}
+        details = {line["key"]: line["detail"] for line in chunk.kept.bad if line["key"]}
         return {key: Problem(reason, details.get(key, "")) for key, reason in chunk.kept.failed.items()}
 
     def _text(self, number: int, clips: Sequence[tuple[int, Sequence[str]]],
@@ -217,7 +230,7 @@ class Worker:
             if record.text_from == text_from and (entries := _stored_texts(job.storage, record.text)):
                 return record.text, entries, text_from
         name = job.shard_name("text", number, [text_from])
-        shard, rows = self._texts.make(job.storage / name, texts)
+        shard, rows = self._texts.make(job.storage / name, texts, lambda: self._confirm(number))
         shard = write_text_part(job.storage, shard, rows)
         return shard, {row.key: TextRef(row.key, row.tokens, shard.name) for row in rows}, text_from
 
@@ -227,10 +240,10 @@ class Worker:
         # A fraction above 0 allows one line at least: the first try with three clips should go on too.
         allowed = max(1, limit * self._job.lines) if limit > 0 else 0
         bad = _bad_lines(chunk.sources, failed)
-        spent = len(bad) + sum(sum(record.bad.values()) for record in self._finished()
-                               if record.number != chunk.number)
+        spent = len(bad) + sum(name.bad for name in self._finished() if name.number != chunk.number)
         if spent > allowed:
-            self._records.write_sources(chunk.number, SourcesRecord(chunk.sources_record.contents, bad))
+            self._records.write_sources(chunk.number, SourcesRecord(
+                chunk.contents, self._job.digests[chunk.number], bad))
             raise DoNotRequeue(
                 f"{spent} of the manifest's {self._job.lines} lines give no sample, more than "
                 f"tokenize.max_bad_fraction ({limit:g}) allows; see {self._job.storage / 'quarantine.jsonl'}: mend or "
@@ -273,7 +286,7 @@ def _bad_lines(sources: Sequence[Source], failed: dict[str, Problem]) -> tuple[d
     return tuple(lines)
 
 
-def work(config: Config, name: str, retry: bool = False) -> None:
+def work(config: Config, name: str) -> None:
     """Be one worker, called `name`, of the job in config.output, which `grn-scale tokenize` has prepared.
 
     config: with text.states settled. Raises as `Worker.run` does.
@@ -288,13 +301,15 @@ def work(config: Config, name: str, retry: bool = False) -> None:
         encoder = load_text(config.text, device)
         text = text_settings(config, encoder)
         leases = stack.enter_context(Leases(storage, settings.lease_seconds))
-        meter = stack.enter_context(WorkerMeter(storage, name, settings.decode_processes, lambda: pool.busy_seconds))
         job = open_job(storage, Path(config.data.manifest).absolute(), settings, video_settings(config, tokenizer),
                        text, leases)
+        job.check_environment(environment(settings, device))
+        meter = stack.enter_context(WorkerMeter(storage, name, settings.decode_processes, lambda: pool.busy_seconds,
+                                                len(job.chunks)))
         records = Records(storage)
         records.refresh()
         videos = stack.enter_context(VideoShards(job.video, settings, tokenizer, meter))
-        Worker(job, config, records, leases, videos, TextShards(text, encoder, meter), pool, meter, retry).run()
+        Worker(job, config, records, leases, videos, TextShards(text, encoder, meter), pool, meter).run()
 
 
 def main(argv: list[str]) -> int:
@@ -303,11 +318,18 @@ def main(argv: list[str]) -> int:
                            "python -m grn_scale.data_pipeline.worker --config tokens/config.yaml --name w0",
                            schema=SCHEMAS)
     parser.add_argument("--name", required=True, help="name of its status file in workers/")
-    parser.add_argument("--retry-quarantined", action="store_true", help="decode clips again that failed before")
     config, options = parser.parse_command(argv)
     start_logging(logging.WARNING)
     threading.Thread(target=_end_with, args=(os.getppid(),), name="watch-parent", daemon=True).start()
-    work(config, options.name, options.retry_quarantined)
+    try:
+        work(config, options.name)
+    except OSError as error:
+        message = os_error_message(error)
+        if message is None:
+            raise
+        # Not as an error that ends the whole job: the fleet starts a worker again that died of a hiccup of its storage.
+        log.error("%s", message)
+        return EXIT_FAILED
     return 0
 
 

@@ -63,7 +63,8 @@ def help_text() -> str:
     for command in COMMANDS:
         lines += [f"  {command.name:<17}{command.summary}", f"  {'':<17}  $ {command.example}"]
     lines += ["", "`grn-scale COMMAND --help` shows the options of a command.",
-              "exit codes: 0 done, 1 failed, 2 bad usage or configuration, 78 failed and would fail again"]
+              "exit codes: 0 done, 1 failed, 2 bad usage or configuration, 75 saved and ready to be started again,",
+              "            78 failed and would fail again, 79 ended by the watchdog because it hung"]
     return "\n".join(lines)
 
 

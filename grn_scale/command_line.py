@@ -19,26 +19,41 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import errno
 import logging
 import os
 import select
 import sys
+import traceback
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from grn_scale.atomic import write_bytes
-from grn_scale.errors import ConfigError, UserError
+from grn_scale.errors import EXIT_FAILED, ConfigError, UserError
 
 EXIT_INTERRUPTED = 130
 """What shells report for a process that SIGINT ended."""
 EXIT_PIPE = 141
 """What shells report for a process that SIGPIPE ended."""
+_CORRECT = "correct the path"
+_RIGHTS = "give another path, or give this user the right to read and write there"
+_SPACE = "free space, then run the same command again"
+_BROKEN = "the file system or its server fails: see to it, then run the same command again"
+_OPEN_FILES = "raise the limit of open files (ulimit -n)"
+_REMEDIES = {errno.ENOENT: _CORRECT, errno.ENOTDIR: _CORRECT, errno.EISDIR: _CORRECT, errno.ENAMETOOLONG: _CORRECT,
+             errno.ELOOP: _CORRECT, errno.EACCES: _RIGHTS, errno.EPERM: _RIGHTS,
+             errno.EROFS: "give a path on another file system",
+             errno.ENOSPC: _SPACE, errno.EDQUOT: _SPACE, errno.EFBIG: _SPACE, errno.EIO: _BROKEN, errno.ESTALE: _BROKEN,
+             errno.ETIMEDOUT: _BROKEN, errno.ENOTCONN: _BROKEN, errno.EMFILE: _OPEN_FILES, errno.ENFILE: _OPEN_FILES}
 
 
 def run(main: Callable[[list[str]], int], argv: list[str] | None = None) -> int:
-    """Exit code of `main(argv)`; a UserError becomes one message on stderr, a defect keeps its traceback."""
+    """Exit code of `main(argv)`; a UserError becomes one message on stderr, a defect keeps its traceback.
+
+    So does an OSError about a file, with exit code 1. In Python's development mode (PYTHONDEVMODE=1) it has both.
+    """
     try:
         return main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
@@ -54,6 +69,26 @@ def run(main: Callable[[list[str]], int], argv: list[str] | None = None) -> int:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_PIPE
+    except OSError as error:
+        message = os_error_message(error)
+        if message is None:
+            raise
+        if sys.flags.dev_mode:
+            traceback.print_exception(error)
+        print(f"{_rank_prefix()}error: {message}", file=sys.stderr, flush=True)
+        return EXIT_FAILED
+
+
+def os_error_message(error: OSError) -> str | None:
+    """Which file, what is wrong with it, and the remedy; None where no file is concerned, which is a defect."""
+    if error.errno is None:
+        # Raised in the place of a client's own error, as storage.py does; any other one is a defect.
+        return str(error) if error.__cause__ is not None else None
+    if error.filename is None and error.errno not in _REMEDIES:
+        return None
+    place = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+    remedy = f"; {_REMEDIES[error.errno]}" if error.errno in _REMEDIES else ""
+    return f"{place}{error.strerror}{remedy}"
 
 
 def _rank() -> int:
@@ -89,14 +124,31 @@ def nearest(word: str, valid: Iterable[str]) -> str:
     return f"did you mean {near[0]}?" if near else f"valid are {', '.join(valid)}"
 
 
+class _LogFileHandler(logging.StreamHandler):
+    """Writes to what is stderr at the time of each message, as rich's handler does."""
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, value: TextIO) -> None:
+        """Nothing: the base class sets what it was made with."""
+
+
 def start_logging(level: int = logging.INFO) -> None:
     """Send the log to stderr; ranks above 0 report warnings and errors only."""
-    from rich.console import Console
-    from rich.logging import RichHandler
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.logging import RichHandler
 
-    handler = RichHandler(console=Console(stderr=True), show_path=False, omit_repeated_times=False,
-                          log_time_format="%H:%M:%S")
-    handler.setFormatter(logging.Formatter(f"{_rank_prefix()}%(message)s"))
+        handler = RichHandler(console=Console(stderr=True), show_path=False, omit_repeated_times=False,
+                              log_time_format="%H:%M:%S")
+        handler.setFormatter(logging.Formatter(f"{_rank_prefix()}%(message)s"))
+    else:  # a log file, where a message stays one line
+        handler = _LogFileHandler()
+        handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)-8s {_rank_prefix()}%(message)s",
+                                               "%Y-%m-%d %H:%M:%S"))
     logger = logging.getLogger("grn_scale")
     logger.handlers[:] = [handler]
     logger.propagate = False

@@ -6,7 +6,11 @@ defect and keeps its traceback.
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+EXIT_REQUEUE = 75
+"""Training was asked to end, stands in a checkpoint, and wants to go on."""
 EXIT_DO_NOT_REQUEUE = 78
+EXIT_HANG = 79
+"""The watchdog ended a job that hung."""
 
 
 class UserError(Exception):

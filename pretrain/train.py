@@ -10,19 +10,17 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import platform
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grn_scale import __version__
 from grn_scale.atomic import drop_unfinished_line
 from grn_scale.command_line import CommandParser, run, save_config, start_logging
 from grn_scale.config.check import check_layout, check_output, check_set, check_training
 from grn_scale.config.load import build, changes, to_dict
 from grn_scale.config.schema import Config
-from grn_scale.errors import ConfigError
+from grn_scale.errors import EXIT_REQUEUE, ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -34,9 +32,7 @@ if TYPE_CHECKING:
     from grn_scale.data.schema import DatasetInfo
     from grn_scale.data.state import DataState
     from grn_scale.model.pack import PackedBatch
-    from grn_scale.parallel.engine import TrainEngine
     from grn_scale.tokenizer.text import IdsEncoder
-    from grn_scale.train.loop import Position
 
 log = logging.getLogger("grn_scale.train")
 
@@ -55,8 +51,7 @@ def main(argv: list[str]) -> int:
     start_logging()
     if os.environ.get("LOCAL_RANK", "0") == "0":  # once a node: the others would only say the same
         check_before_start(config)
-    train_run(config, options.resume)
-    return 0
+    return 0 if train_run(config, options.resume) else EXIT_REQUEUE
 
 
 def check_before_start(config: Config) -> None:
@@ -77,11 +72,16 @@ def check_before_start(config: Config) -> None:
         check_text_encoder(config, mixture.infos)
 
 
-def train_run(config: Config, resume: str) -> None:
-    """Train to config.train.steps, from scratch or from a checkpoint, and leave the run folder behind."""
+def train_run(config: Config, resume: str) -> bool:
+    """Train to config.train.steps, from scratch or from a checkpoint, and leave the run folder behind.
+
+    False where the run was asked to stop before, and wants to be started again.
+    """
     import torch
 
+    from grn_scale.checkpoint.background import BackgroundSaver
     from grn_scale.checkpoint.checkpoint import resolve_resume
+    from grn_scale.checkpoint.ranks import Ranks
     from grn_scale.data.ledger import LEDGER
     from grn_scale.data.loader import PackLoader, check_step_size
     from grn_scale.data.packing import Cost
@@ -90,15 +90,18 @@ def train_run(config: Config, resume: str) -> None:
     from grn_scale.parallel import groups
     from grn_scale.perf.flops import peak_flops
     from grn_scale.train.bad_samples import BadSamples
+    from grn_scale.train.checkpoints import reserve_host_memory, restore, restore_newest, save_state
+    from grn_scale.train.job import job
     from grn_scale.train.loop import Run, train
     from grn_scale.train.metrics import MetricsLog
     from grn_scale.train.progress import TrainingProgress
+    from grn_scale.train.rollback import Rollbacks
+    from grn_scale.train.stragglers import Stragglers
 
     torch.set_num_threads(config.train.threads or threads_per_process())
-    device = groups.start(config.parallel)
-    from grn_scale.parallel.engine import TrainEngine
+    with job(config) as (device, heart, stop):
+        from grn_scale.parallel.engine import TrainEngine
 
-    try:
         folder, first = Path(config.output), torch.distributed.get_rank() == 0
         checkpoint = resolve_resume(resume, folder, groups.host())
         saved = check_resume(checkpoint, config) if checkpoint else None
@@ -107,6 +110,7 @@ def train_run(config: Config, resume: str) -> None:
         check_step_size(plan, config.data.packs_per_step)
         mixture = plan.mixture
         check_samples(config, mixture)
+        bad_samples = BadSamples(folder, config.data.bad_sample_limit, start.skip, Ranks(groups.host()))
         validated = config.train.validate_every > 0
         held_out = Plan.of(mixture, config.data, config.seed, split="validation") if validated else None
         data_rank, data_size = groups.data_parallel()
@@ -118,25 +122,31 @@ def train_run(config: Config, resume: str) -> None:
         loader = PackLoader(plan, position.data, packs_per_step=config.data.packs_per_step, cost=cost,
                             gamma=config.loss.gamma, step=position.step, dp_rank=data_rank, dp_size=data_size,
                             renew=functools.partial(grown_plan, config))
-        bad_samples = BadSamples(folder, config.data.bad_sample_limit, position.data.skip, groups.gather_objects,
-                                 writes=first)
         validation = validation_batches(held_out, config, data_rank, data_size, assemble) if held_out else []
         if first:
             folder.mkdir(parents=True, exist_ok=True)
             save_config(config, folder)
         peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         total_peak = peak and peak * torch.distributed.get_world_size()
-        save = functools.partial(save_state, engine, mixture.info, config)
         with (loader,
+              BackgroundSaver(folder, keep_last=config.train.keep_last, keep_every=config.train.keep_every,
+                              background=config.train.background_save) as saver,
               MetricsLog(folder, position.step, config.logging, writes=first, config=to_dict(config)) as metrics,
               TrainingProgress(config.train.steps, position.step, shown=first) as progress):
             ledger = folder / LEDGER if first and config.data.ledger else None
             if ledger:
                 drop_unfinished_line(ledger)
-            train(Run(config, engine, loader, functools.partial(assemble, drop=True), validation, bad_samples, ledger,
-                      metrics, progress, save, functools.partial(draws_flops, config), total_peak), position)
-    finally:
-        groups.stop()
+            reserve_host_memory(saver, engine)
+            save = functools.partial(save_state, saver, engine, mixture.info, config)
+            go_back = functools.partial(restore_newest, saver, engine, config)
+            rollbacks = Rollbacks(config.spikes, go_back, metrics, progress)
+            stragglers = Stragglers(config.watchdog, groups.gather_objects, progress.warn)
+            finished = train(
+                Run(config, engine, loader, functools.partial(assemble, drop=True), validation, bad_samples, ledger,
+                    metrics, progress, save, rollbacks, stop, heart, stragglers,
+                    functools.partial(draws_flops, config), total_peak), position)
+            heart.enter("end", heart.now.step)  # the last checkpoint is being written
+            return finished
 
 
 def threads_per_process() -> int:
@@ -159,6 +169,7 @@ def assembler(config: Config, encoder: IdsEncoder | None,
     from grn_scale.tokenizer.text import with_text_states
 
     common = {"config": config.model, "noise": config.noise, "seed": config.seed, "device": device}
+    part = groups.context_parallel()
 
     def assemble(micro_batches: Sequence[Sequence[Sample]], weights: dict[int, float], drop: bool = False) -> list:
         samples = [sample for micro_batch in micro_batches for sample in micro_batch]
@@ -173,7 +184,7 @@ def assembler(config: Config, encoder: IdsEncoder | None,
         if isinstance(config, ClassConfig):
             return images.assemble(samples, weights, class_of=lambda draw: draw.class_id,
                                    class_drop=config.data.caption_drop if drop else 0.0, **common)
-        return pack.assemble(samples, weights, length=config.data.token_budget, **common)
+        return pack.assemble(samples, weights, length=config.data.token_budget, part=part, **common)
 
     return assemble
 
@@ -307,56 +318,6 @@ def check_resume(checkpoint: Path, config: Config) -> DataState | None:
     for key, change in changed.items():
         log.info("changed since %s: %s %s", checkpoint.name, key, change)
     return DataState.from_dict(saved["data"]) if "data" in saved else None
-
-
-def restore(engine: TrainEngine, checkpoint: Path | None, data: DataState) -> Position:
-    """Where the checkpoint stands, after filling the engine from it; the start of everything for None.
-
-    data: where the sample stream goes on.
-
-    A checkpoint without optimizer state (as `grn-scale convert` makes it) gives the weights that training starts from,
-    and their moving average where it holds one.
-    """
-    from grn_scale.checkpoint.checkpoint import load_checkpoint, read_state
-    from grn_scale.checkpoint.store import load_chunks
-    from grn_scale.parallel import groups
-    from grn_scale.train.loop import Position
-
-    if checkpoint is None:
-        return Position(0, 0, data)
-    saved = read_state(checkpoint)
-    whole_state = "updates" in saved
-    sections, weights = engine.restore_chunks(saved["updates"] if whole_state else 0)
-    if not whole_state:
-        sections = {name: chunks for name, chunks in sections.items() if (checkpoint / name).is_dir()}
-    load_checkpoint(checkpoint, sections, groups.host())
-    load_chunks(checkpoint / "model", weights, groups.host())
-    engine.finish_restore(restart_average="ema" not in sections)
-    if not whole_state:
-        log.info("starting from the weights of %s; it holds no optimizer state", checkpoint)
-        return Position(0, 0, data)
-    log.info("resumed from %s: step %d, %d samples seen; weights, optimizer, moving average and data position restored",
-             checkpoint, saved["step"], saved["samples_seen"])
-    return Position(saved["step"], saved["samples_seen"], data)
-
-
-def save_state(engine: TrainEngine, info: DatasetInfo, config: Config, position: Position) -> None:
-    """Write a checkpoint; samples that any process could not read enter the skip list of all."""
-    import torch
-
-    from grn_scale.checkpoint.checkpoint import save_checkpoint
-    from grn_scale.parallel import groups
-
-    data = position.data
-    for skip in groups.gather_objects(data.skip):
-        data = data.with_skips(skip)
-    save_checkpoint(config.output, position.step, engine.state_chunks(), {
-        "step": position.step, "samples_seen": position.samples_seen, "updates": engine.updates,
-        "data": data.to_dict(), "config": to_dict(config),
-        "dataset": {"tokenizer_fingerprint": info.tokenizer_fingerprint, "text_fingerprint": info.text_fingerprint,
-                    "fps": info.fps},
-        "versions": {"grn_scale": __version__, "torch": torch.__version__, "python": platform.python_version()},
-    }, keep_last=config.train.keep_last, group=groups.host())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Whole checkpoints: save and load one, and decide what a run resumes from.
 
-A save only reads the chunks' tensors and talks over `group`. To save in the background, copy the tensors to
-the host and call `save_checkpoint` in a thread with a gloo group that nothing else uses.
+A save only reads the chunks' tensors and talks over `group`; `background.py` runs it beside training.
 """
 
 from __future__ import annotations
@@ -26,13 +25,14 @@ T = TypeVar("T")
 
 
 def save_checkpoint(run_folder: str | Path, step: int, sections: Mapping[str, Sequence[Chunk]], state: dict[str, Any],
-                    *, keep_last: int, group: dist.ProcessGroup | None = None) -> Path:
+                    *, keep_last: int, keep_every: int = 0, group: dist.ProcessGroup | None = None) -> Path:
     """Save the sections (model, optimizer, ema...) of all ranks and `state` (JSON values), and return the folder.
 
-    The folder appears complete or not at all; then all but the newest `keep_last` checkpoints go, once the new
-    one reads back with its checksums. Every rank calls, each with its own chunks (a rank may lack a section);
-    `state` is rank 0's. An error on one rank is raised on all, and what it had
-    written is removed: UserError for a full disk, a hole in a tensor, a checkpoint of this step that is there.
+    The folder appears complete or not at all; then all but the newest `keep_last` checkpoints and those of steps that
+    are multiples of `keep_every` (0: none) go, once the new one reads back with its checksums. Every rank calls, each
+    with its own chunks (a rank may lack a section); `state` is rank 0's. An error on one rank is raised on all, and
+    what it had written is removed: UserError for a full disk, a hole in a tensor, a checkpoint of this step that is
+    there.
     """
     run_folder, ranks = Path(run_folder), Ranks(group)
     names = _names(sections, ranks)
@@ -44,10 +44,9 @@ def save_checkpoint(run_folder: str | Path, step: int, sections: Mapping[str, Se
     except (UserError, RankError):  # raised on every rank together, so nobody writes any more
         ranks.first(lambda: partial.exists() and layout.discard(partial))
         raise
-    complete = ranks.first(lambda: sum(not found.problem for found in layout.scan(run_folder)))
-    if complete > keep_last:
+    if ranks.first(lambda: bool(layout.surplus(run_folder, keep_last, keep_every))):
         layout.verify(path, ranks=ranks)
-        ranks.first(lambda: layout.prune(run_folder, keep_last, verified=path))
+        ranks.first(lambda: _rotate(run_folder, keep_last, keep_every, path))
     return path
 
 
@@ -60,7 +59,7 @@ def load_checkpoint(path: str | Path, sections: Mapping[str, Sequence[Chunk]],
     """
     path, ranks = Path(path), Ranks(group)
     layout.verify(path, sections=(), ranks=ranks)
-    there = ranks.first(lambda: read_json(path / INDEX_NAME)["sections"])
+    there = ranks.first(lambda: section_names(path))
     names = _names(sections, ranks)
     missing = sorted(set(names) - set(there))
     if missing:
@@ -76,6 +75,11 @@ def load_checkpoint(path: str | Path, sections: Mapping[str, Sequence[Chunk]],
 def read_state(path: str | Path) -> dict[str, Any]:
     """The state saved with a checkpoint, without its tensors."""
     return read_json(Path(path) / layout.STATE_NAME)
+
+
+def section_names(path: str | Path) -> list[str]:
+    """The sections that a checkpoint holds."""
+    return list(read_json(Path(path) / INDEX_NAME)["sections"])
 
 
 def resolve_resume(mode: str, run_folder: str | Path, group: dist.ProcessGroup | None = None) -> Path | None:
@@ -122,6 +126,13 @@ def _writing(run_folder: Path, step: Callable[[], T]) -> T:
     except OSError as error:
         raise UserError(f"cannot save into {run_folder}: {error.strerror or error} ({error.filename}); free space or "
                         "choose another folder, the checkpoints already there stay as they are") from error
+
+
+def _rotate(run_folder: Path, keep_last: int, keep_every: int, verified: Path) -> None:
+    try:
+        layout.prune(run_folder, keep_last, keep_every, verified=verified)
+    except OSError as error:  # the new checkpoint is whole; what is left over goes at the next save
+        layout.log.warning("old checkpoints in %s could not be removed: %s", run_folder, error)
 
 
 def seal(partial: Path, step: int, indexes: Mapping[str, ChunkIndex], state: dict[str, Any], world_size: int) -> Path:

@@ -171,18 +171,25 @@ def commit(partial: Path) -> Path:
     return final
 
 
-def prune(run_folder: Path, keep_last: int, *, verified: Path | None = None) -> list[Path]:
-    """Remove all but the newest `keep_last` complete checkpoints and return what was removed.
+def surplus(run_folder: Path, keep_last: int, keep_every: int = 0) -> list[Path]:
+    """The complete checkpoints that are neither among the newest `keep_last` nor of a step that is a multiple of
+    `keep_every` (0: no step is), newest first."""
+    if keep_last < 1:
+        raise ValueError(f"keep_last is {keep_last}, but at least one checkpoint is kept")
+    complete = [found for found in scan(run_folder) if not found.problem]
+    return [found.path for found in complete[keep_last:] if not keep_every or found.step % keep_every]
+
+
+def prune(run_folder: Path, keep_last: int, keep_every: int = 0, *, verified: Path | None = None) -> list[Path]:
+    """Remove the `surplus` checkpoints and return what was removed.
 
     The newest one whose contents verify always stays (`verified` names one known to). Folders that are not
     complete, or hold files that no save writes, are left alone.
     """
-    if keep_last < 1:
-        raise ValueError(f"keep_last is {keep_last}, but at least one checkpoint is kept")
-    complete = [found.path for found in scan(run_folder) if not found.problem]
-    if verified not in complete[:keep_last] and len(complete) > keep_last:
+    going = surplus(run_folder, keep_last, keep_every)
+    if going and (verified is None or verified in going):
         verified = newest_complete(run_folder)
-    return [path for path in complete[keep_last:] if path != verified and remove(path)]
+    return [path for path in going if path != verified and remove(path)]
 
 
 def remove(path: Path) -> bool:

@@ -27,6 +27,7 @@ class Failure:
 
     @classmethod
     def of(cls, rank: int, error: BaseException) -> Failure:
+        error = _for_people(error)
         if isinstance(error, UserError):
             return cls(rank, str(error), type(error))
         return cls(rank, f"{type(error).__name__}: {error}", None)
@@ -50,10 +51,14 @@ class Ranks:
         """Result of `step` on every rank, in order, on every rank.
 
         Where it raises on any rank, every rank raises: a UserError where all errors are of that kind, else a
-        RankError, both naming the failed ranks. (A process alone raises the error itself.)
+        RankError, both naming the failed ranks. (A process alone raises the error itself.) An OSError counts as a
+        UserError: storage that refuses is no defect.
         """
         if not self.together:
-            return [step()]
+            try:
+                return [step()]
+            except OSError as error:
+                raise _for_people(error) from error
         own: Exception | None = None
         try:
             outcome: Any = step()
@@ -67,6 +72,12 @@ class Ranks:
     def first(self, step: Callable[[], T]) -> T:
         """Result of `step`, run on the group's rank 0 alone, on every rank. An error is raised on all."""
         return self.all(lambda: step() if self.rank == 0 else None)[0]
+
+
+def _for_people(error: BaseException) -> BaseException:
+    if not isinstance(error, OSError):
+        return error
+    return UserError(f"{error.filename or 'storage'}: {error.strerror or error}; mend that, or choose another folder")
 
 
 def raise_failures(failures: list[Failure], cause: BaseException | None = None) -> None:

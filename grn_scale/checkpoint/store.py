@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -45,6 +44,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
+from grn_scale.checkpoint.box_reader import BoxReader
 from grn_scale.checkpoint.chunks import Box, Chunk, check_cover, intersect, narrow
 from grn_scale.checkpoint.index import (
     DTYPE_NAMES,
@@ -98,10 +98,10 @@ def _load(folder: Path, chunks: Sequence[Chunk], ranks: Ranks) -> None:
 def _through_torch(ranks: Ranks, call: Callable[..., object]) -> None:
     """Run a torch.distributed.checkpoint call; what failed on any rank is raised on all, as our error."""
     try:
-        with warnings.catch_warnings():
-            # Said by torch at each call without a process group, which is a normal case here.
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            call(process_group=ranks.group, no_dist=not ranks.together)
+        # Said by torch at each call without a process group, which is a normal case here. Not in a
+        # `catch_warnings`: that is no thing for a thread beside training.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        call(process_group=ranks.group, no_dist=not ranks.together)
     except CheckpointException as error:
         raise_failures([Failure.of(rank, cause) for rank, (cause, _) in sorted(error.failures.items())], error)
 
@@ -316,7 +316,7 @@ def _read_items(i: int, chunk: Chunk, stored: StoredTensor) -> list[ReadItem]:
 
 
 class _Reader(StorageReader):
-    """Reads boxes out of safetensors files, each file opened once."""
+    """Reads boxes out of chunk files, each file opened once."""
 
     def __init__(self, folder: Path, index: ChunkIndex) -> None:
         self.folder = folder
@@ -352,24 +352,13 @@ class _Reader(StorageReader):
         for name, items in sorted(by_file.items()):
             path = self.folder / name
             try:
-                self._read_file(path, items, planner)
-            except (OSError, SafetensorError) as error:
+                with BoxReader(path) as file:
+                    for source, item in items:
+                        target = planner.resolve_tensor(item)
+                        file.read(source.key, item.storage_offsets, target)
+                        planner.commit_tensor(item, target)
+            except (OSError, UserError) as error:
                 raise UserError(f"cannot read {path}: {error}; the checkpoint is damaged: take another") from error
         done: Future[None] = Future()
         done.set_result(None)
         return done
-
-    @staticmethod
-    def _read_file(path: Path, items: list[tuple[StoredChunk, ReadItem]], planner: LoadPlanner) -> None:
-        with safe_open(path, framework="pt") as file:
-            for source, item in items:
-                target = planner.resolve_tensor(item)
-                if tuple(item.lengths) == source.size:
-                    values = file.get_tensor(source.key)
-                else:
-                    values = narrow(file.get_slice(source.key), item.storage_offsets, item.lengths)
-                if tuple(values.shape) != tuple(item.lengths):
-                    raise UserError(f"{path}: {source.key} has shape {tuple(values.shape)}, not what the index says; "
-                                    "the checkpoint is damaged: take another")
-                target.copy_(values)
-                planner.commit_tensor(item, target)

@@ -110,14 +110,30 @@ def read_small_json(path: Path) -> dict[str, Any]:
     return _json_object(data, str(path))
 
 
+@dataclass(frozen=True)
+class Span:
+    """Where a tensor lies in a file, row-major."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    position: int
+    """Byte of the file it begins at."""
+
+
 def safetensors_file(path: Path) -> StoredWeights:
     """The tensors of a safetensors file, none of them read. UserError where the file is damaged or is none."""
+    return StoredWeights({name: StoredValue(span.dtype, span.shape, partial(_read, path, span))
+                          for name, span in tensor_spans(path).items()})
+
+
+def tensor_spans(path: Path) -> dict[str, Span]:
+    """Where each tensor of a safetensors file lies. UserError where the file is damaged or is none."""
     head, size = _head(path)
     length = int.from_bytes(head, "little")
     if len(head) < 8 or length > min(LARGEST_JSON_BYTES, size - 8):
         raise UserError(f"{path} is truncated, or no safetensors file (its header would have {length} bytes)")
     header = _json_object(bytes(read_span(path, 8, length).numpy()), f"the header of {path}")
-    values, spans = {}, []
+    found, ranges = {}, []
     for name, entry in header.items():
         if name == "__metadata__":
             continue
@@ -131,17 +147,17 @@ def safetensors_file(path: Path) -> StoredWeights:
         if any(type(n) is not int or n < 0 for n in numbers) or end - begin != math.prod(shape) * dtype.itemsize:
             raise UserError(f"{path}: {name} is {entry['dtype']} {list(shape)}, but bytes {begin} to {end} do not "
                             "hold that; the file is damaged")
-        spans.append((begin, end))
-        values[name] = StoredValue(dtype, shape, partial(_read, path, 8 + length + begin, dtype, shape))
+        ranges.append((begin, end))
+        found[name] = Span(dtype, shape, 8 + length + begin)
     position = 0
-    for begin, end in sorted(spans):
+    for begin, end in sorted(ranges):
         if begin != position:
             raise UserError(f"{path}: its tensors overlap or leave a gap at byte {position}; the file is damaged")
         position = end
     if 8 + length + position != size:
         raise UserError(f"{path} has {size} bytes, but its header describes {8 + length + position}: it is truncated "
                         "or damaged; get the file again")
-    return StoredWeights(values)
+    return found
 
 
 def weights_folder(folder: Path) -> StoredWeights | None:
@@ -179,8 +195,8 @@ def _sharded(index: Path) -> StoredWeights:
     return StoredWeights(values)
 
 
-def _read(path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    return read_span(path, offset, math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+def _read(path: Path, span: Span) -> torch.Tensor:
+    return read_span(path, span.position, math.prod(span.shape) * span.dtype.itemsize).view(span.dtype).view(span.shape)
 
 
 def _head(path: Path) -> tuple[bytes, int]:

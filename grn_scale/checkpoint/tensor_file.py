@@ -77,5 +77,9 @@ def _host_bytes(entry: Entry) -> memoryview:
     if tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.shape:
         raise ValueError(f"{entry.key}: announced as {entry.dtype} {entry.shape}, "
                          f"but is {tensor.dtype} {tuple(tensor.shape)}")
-    flat = tensor.to("cpu").contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return memoryview(flat_bytes(tensor.to("cpu").contiguous()).numpy())
+
+
+def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """uint8 [bytes]: the memory of a contiguous tensor. (`view(-1)` can keep an odd stride of a single element.)"""
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)

@@ -138,7 +138,7 @@ class DataConfig:
     window_shards: int = 16
     """Shards that are shuffled and packed together; bounds the memory of planning."""
     bad_sample_limit: int = 1000
-    """More corrupt or unreadable samples than this, over all processes, stop the run (exit 78)."""
+    """More corrupt or unreadable samples than this, over all processes and all starts of a run, stop it (exit 78)."""
     ledger: bool = False
     """Write which samples each step took into the run folder's ledger.jsonl (about 40 bytes a sample), from which
     `grn-scale verify --ledger` proves that an epoch took each of them as often as it should."""

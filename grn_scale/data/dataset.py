@@ -8,18 +8,28 @@ from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 import xxhash
 
 from grn_scale.data.block_cache import Blocks
 from grn_scale.data.columns import ShardColumns, shard_columns
 from grn_scale.data.dataset_info import read_dataset_info
-from grn_scale.data.index_parts import INDEX_FOLDER, REMEDY, TEXT_SCHEMA, VIDEO_SCHEMA, VideoPart, read_table
+from grn_scale.data.index_parts import (
+    INDEX_FOLDER,
+    REMEDY,
+    TEXT_SCHEMA,
+    VIDEO_SCHEMA,
+    DamagedPart,
+    VideoPart,
+    part_table,
+    read_table,
+)
 from grn_scale.data.payloads import open_payloads
 from grn_scale.data.recent import Recent
 from grn_scale.data.schema import DatasetInfo, IndexRow, ShardInfo, TextRef, TextRow
 from grn_scale.data.text_payload import unpack_states
-from grn_scale.errors import UserError
+from grn_scale.errors import DoNotRequeue, UserError
 from grn_scale.storage import Storage
 
 CACHED_PARTS = 64
@@ -28,7 +38,8 @@ CACHED_TEXT_BYTES = 256 * 2**20
 
 
 class CorruptSample(UserError):
-    """A payload that does not match its checksum, or ends early. `shard` is the tar's name."""
+    """A payload that does not match its checksum, or ends early, or a text whose index part is damaged. `shard` is the
+    tar's name."""
 
     def __init__(self, shard: str, key: str, reason: str):
         super().__init__(f"{shard}: sample {key} is damaged: {reason}; `grn-scale verify` lists all damage")
@@ -39,6 +50,10 @@ class Dataset:
     """A tokenized dataset, read only. Bytes are read by offset and checked; several threads may read.
 
     In memory are small caches of index parts and texts, whatever the size of the dataset.
+
+    Rows and columns need the index parts of video shards, without which nothing can be planned: they raise
+    DoNotRequeue where such a part is damaged, and UserError where it is missing or cannot be read after several
+    attempts. The part of a text shard is read like the texts themselves: it costs samples, not the run.
     """
 
     def __init__(self, storage: Storage, info: DatasetInfo, cache: Blocks | None = None):
@@ -115,8 +130,13 @@ class Dataset:
         return self._read(self.info.video_shards[row.shard], row.key, row.offset, row.length, row.xxh3)
 
     def text_row(self, ref: TextRef) -> TextRow:
-        """Index row of a text entry. UserError where the dataset has no such entry."""
-        return self._text_parts.get(self._text_shard(ref).name, self._read_text_part).find(ref.key)
+        """Index row of a text entry. UserError where the dataset has no such entry, CorruptSample where its index part
+        is damaged, OSError where that cannot be read."""
+        try:
+            part = self._text_parts.get(self._text_shard(ref).name, self._read_text_part)
+        except DamagedPart as error:
+            raise CorruptSample(ref.shard, ref.key, str(error)) from error
+        return part.find(ref.key)
 
     def read_text(self, ref: TextRef) -> torch.Tensor:
         """bf16 [n, text_hidden_size]: states of a text entry, shared with later calls: do not write to it.
@@ -132,8 +152,14 @@ class Dataset:
         return json.loads(data.tobytes())["ids"]
 
     def _part(self, shard: int) -> VideoPart:
-        return self._parts.get(shard, lambda number: VideoPart(
-            read_table(self.storage, self.info.video_shards[number], VIDEO_SCHEMA), number, self._first_rows[number]))
+        return self._parts.get(shard, self._read_video_part)
+
+    def _read_video_part(self, number: int) -> VideoPart:
+        try:
+            table = read_table(self.storage, self.info.video_shards[number], VIDEO_SCHEMA)
+        except DamagedPart as error:
+            raise DoNotRequeue(str(error)) from error
+        return VideoPart(table, number, self._first_rows[number])
 
     def _text_shard(self, ref: TextRef) -> ShardInfo:
         if ref.shard not in self._text_shards:
@@ -141,8 +167,11 @@ class Dataset:
                             "belong together; tokenize again, which makes only what is missing")
         return self._text_shards[ref.shard]
 
-    def _read_text_part(self, shard: str) -> _TextPart:
-        return _TextPart(self.storage, self._text_shards[shard])
+    def _read_text_part(self, name: str) -> _TextPart:
+        # One attempt: who reads a sample tries all its reads again, and waits for this one no longer than for others.
+        shard = self._text_shards[name]
+        data = self.storage.read(INDEX_FOLDER + shard.part)
+        return _TextPart(part_table(data, self.storage, shard, TEXT_SCHEMA), f"{self.storage.location}: {name}")
 
     def _read_states(self, ref: TextRef) -> torch.Tensor:
         row = self.text_row(ref)
@@ -184,9 +213,8 @@ def _check_files(storage: Storage, info: DatasetInfo) -> None:
 class _TextPart:
     """Where the entries of one text shard lie: keys sorted in one array, found by bisection."""
 
-    def __init__(self, storage: Storage, shard: ShardInfo):
-        self._table = read_table(storage, shard, TEXT_SCHEMA)
-        self._where = f"{storage.location}: {shard.name}"
+    def __init__(self, table: pa.Table, where: str):
+        self._table, self._where = table, where
         keys = np.array(self._table["key"].to_pylist(), dtype="S64")
         self._order = np.argsort(keys)
         self._keys = keys[self._order]

@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import io
-import logging
-import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from grn_scale.data.caption_columns import CaptionColumns
 from grn_scale.data.schema import MOST_KEY_BYTES, Caption, IndexRow, ShardInfo, TextRef, TextRow
 from grn_scale.errors import UserError
 from grn_scale.storage import Storage
-
-log = logging.getLogger(__name__)
 
 INDEX_FOLDER = "index/"
 VIDEO_SCHEMA = pa.schema([
@@ -38,9 +36,12 @@ TEXT_SCHEMA = pa.schema([
     ("key", pa.string()), ("tokens", pa.int32()), ("ids_offset", pa.int64()), ("ids_length", pa.int64()),
     ("ids_xxh3", pa.uint64()), ("states_offset", pa.int64()), ("states_length", pa.int64()),
     ("states_xxh3", pa.uint64())])
-RETRY_SECONDS = (0.1, 1.0, 5.0)
-"""Pauses before a part is read again: one hiccup of a file system must not end a run of many processes."""
-REMEDY = "copy it again, or tokenize again, which keeps all finished shards"
+REMEDY = ("copy it again, or run `grn-scale index repair`, which mends it or says what to make again (`grn-scale "
+          "verify` lists all damage)")
+
+
+class DamagedPart(UserError):
+    """An index part whose bytes are not those that the summary tells of."""
 
 
 @dataclass(frozen=True)
@@ -59,51 +60,83 @@ def write_video_part(folder: str | Path | Storage, shard: ShardInfo, rows: Seque
     `shard` and `row` of the rows are not stored. empty_tokens: of the empty caption, which any sample may be drawn
     with. ValueError for a key of more than 32 bytes.
     """
-    table = [
+    return write_video_table(folder, shard, pa.Table.from_pylist([
         {"key": r.key, "offset": r.offset, "length": r.length, "xxh3": r.xxh3, "t": r.thw[0], "h": r.thw[1],
          "w": r.thw[2], "ratio_key": r.ratio_key, "class_id": r.class_id,
          "captions": [{"type": c.type, "texts": [{"task": task, "key": ref.key, "tokens": ref.tokens,
                                                   "shard": ref.shard} for task, ref in c.texts.items()]}
                       for c in r.captions]}
-        for r in rows]
-    for row in rows:
-        if len(row.key.encode()) > MOST_KEY_BYTES:
-            raise ValueError(f"key {row.key!r} is longer than {MOST_KEY_BYTES} bytes")
-    texts = [max([empty_tokens, *(ref.tokens for c in r.captions for ref in c.texts.values())]) for r in rows]
-    visual = [math.prod(r.thw) for r in rows]
-    return replace(_write(folder, shard, VIDEO_SCHEMA, table), images=sum(r.thw[0] == 1 for r in rows),
-                   tokens=sum(visual), longest=max((v + t + 1 for v, t in zip(visual, texts)), default=0))
+        for r in rows], schema=VIDEO_SCHEMA), empty_tokens)
+
+
+def write_video_table(folder: str | Path | Storage, shard: ShardInfo, table: pa.Table,
+                      empty_tokens: int = 0) -> ShardInfo:
+    """What `write_video_part` does, for rows as a table of VIDEO_SCHEMA, read from another part or made."""
+    table = table.cast(VIDEO_SCHEMA)  # parquet renames the items of lists, and the name is among a part's bytes
+    lengths = pc.binary_length(table["key"]).to_numpy()
+    if lengths.max(initial=0) > MOST_KEY_BYTES:
+        key = table["key"][int(lengths.argmax())].as_py()
+        raise ValueError(f"key {key!r} is longer than {MOST_KEY_BYTES} bytes")
+    captions = CaptionColumns.of(table)
+    texts = np.full(len(table), empty_tokens, np.int64)
+    np.maximum.at(texts, captions.owners[captions.text_owners], captions.texts.field("tokens").to_numpy())
+    visual = np.prod([table[name].to_numpy().astype(np.int64) for name in "thw"], axis=0)
+    return replace(write_table(folder, shard, table), images=int((table["t"].to_numpy() == 1).sum()),
+                   tokens=int(visual.sum()), longest=int((visual + texts + 1).max(initial=0)))
 
 
 def write_text_part(folder: str | Path | Storage, shard: ShardInfo, rows: Sequence[TextRow]) -> ShardInfo:
     """Write the part of a text shard; the shard with the part's name and hash."""
-    return _write(folder, shard, TEXT_SCHEMA, [{name: getattr(row, name) for name in TEXT_SCHEMA.names}
-                                               for row in rows])
+    return write_table(folder, shard, pa.Table.from_pylist(
+        [{name: getattr(row, name) for name in TEXT_SCHEMA.names} for row in rows], schema=TEXT_SCHEMA))
+
+
+def write_table(folder: str | Path | Storage, shard: ShardInfo, table: pa.Table) -> ShardInfo:
+    """Write the part of a shard, whose rows are the table's; the shard with the part's name and hash. What a table
+    carries besides its columns is not written."""
+    if len(table) != shard.samples:
+        raise ValueError(f"{shard.name} has {shard.samples} samples, but the part {len(table)} rows")
+    data = table_bytes(table.replace_schema_metadata().combine_chunks())
+    digest = hashlib.sha256(data).hexdigest()
+    name = f"{Path(shard.name).stem}-{digest[:8]}.parquet"
+    storage = Storage.of(folder)
+    if not storage.exists(INDEX_FOLDER + name) or storage.read(INDEX_FOLDER + name) != data:
+        storage.write_bytes(INDEX_FOLDER + name, data)  # new, or in the place of a damaged one
+    return replace(shard, part=name, part_sha256=digest)
 
 
 def read_table(folder: str | Path | Storage, shard: ShardInfo, schema: pa.Schema) -> pa.Table:
-    """Columns of a shard's part. UserError naming the part where it is missing, damaged or of another form."""
+    """Columns of a shard's part. UserError naming the part where it is missing or cannot be read, after several
+    attempts; DamagedPart where it is damaged or of another form."""
     storage = Storage.of(folder)
+    try:
+        return part_table(_read_part(storage, INDEX_FOLDER + shard.part), storage, shard, schema)
+    except DamagedPart:
+        # What came over the network may be damaged, and the part itself be sound.
+        return part_table(_read_part(storage, INDEX_FOLDER + shard.part), storage, shard, schema)
+
+
+def part_table(data: bytes, storage: Storage, shard: ShardInfo, schema: pa.Schema) -> pa.Table:
+    """Columns of a shard's part with these bytes. DamagedPart, naming it, where they are damaged or of another form."""
     name = INDEX_FOLDER + shard.part
-    data = _read_part(storage, name)
     if hashlib.sha256(data).hexdigest() != shard.part_sha256:
-        raise UserError(f"index part {storage / name} is damaged: its sha256 is not the one in the summary; {REMEDY}")
+        raise DamagedPart(f"index part {storage / name} is damaged: its sha256 is not the one in the summary; {REMEDY}")
     table = parse_table(data, storage / name, schema)
     if table.num_rows != shard.samples:
-        raise UserError(f"index part {storage / name} has {table.num_rows} rows, but the summary says {shard.samples} "
-                        f"samples of {shard.name}; {REMEDY}")
+        raise DamagedPart(f"index part {storage / name} has {table.num_rows} rows, but the summary says "
+                          f"{shard.samples} samples of {shard.name}; {REMEDY}")
     return table
 
 
 def parse_table(data: bytes, where: str, schema: pa.Schema) -> pa.Table:
-    """Table of a parquet file's bytes. UserError where they are damaged or of another form."""
+    """Table of a parquet file's bytes. DamagedPart where they are damaged or of another form."""
     try:
         # Not pq.read_table: its threads may still run when the interpreter ends, and then abort the process.
         table = pq.ParquetFile(io.BytesIO(data), pre_buffer=False).read(use_threads=False)
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"index part {where} cannot be read ({error}); {REMEDY}") from error
+        raise DamagedPart(f"index part {where} cannot be read ({error}); {REMEDY}") from error
     if table.schema.remove_metadata() != schema:
-        raise UserError(f"index part {where} has other columns than this release reads: {table.schema.names}")
+        raise DamagedPart(f"index part {where} has other columns than this release reads: {table.schema.names}")
     return table
 
 
@@ -148,26 +181,10 @@ class VideoPart:
 
 
 def _read_part(storage: Storage, name: str) -> bytes:
-    for pause in (*RETRY_SECONDS, None):
-        try:
-            return storage.read(name)
-        except FileNotFoundError as error:
-            raise UserError(f"index part {storage / name} is missing; {REMEDY}") from error
-        except OSError as error:
-            if pause is None:
-                raise UserError(f"index part {storage / name} cannot be read: {error.strerror or error}") from error
-            log.warning("reading %s failed, trying again in %s s: %s", storage / name, pause, error)
-            time.sleep(pause)
-    raise AssertionError("the last attempt returns or raises")
-
-
-def _write(folder: str | Path | Storage, shard: ShardInfo, schema: pa.Schema, rows: list[dict]) -> ShardInfo:
-    if len(rows) != shard.samples:
-        raise ValueError(f"{shard.name} has {shard.samples} samples, but the part {len(rows)} rows")
-    data = table_bytes(pa.Table.from_pylist(rows, schema=schema))
-    digest = hashlib.sha256(data).hexdigest()
-    name = f"{Path(shard.name).stem}-{digest[:8]}.parquet"
-    storage = Storage.of(folder)
-    if not storage.exists(INDEX_FOLDER + name) or storage.read(INDEX_FOLDER + name) != data:
-        storage.write_bytes(INDEX_FOLDER + name, data)  # new, or in the place of a damaged one
-    return replace(shard, part=name, part_sha256=digest)
+    try:
+        return storage.read(name)
+    except FileNotFoundError as error:
+        raise UserError(f"index part {storage / name} is missing; {REMEDY}") from error
+    except OSError as error:
+        raise UserError(f"index part {storage / name} cannot be read: {error.strerror or error}; look at the storage, "
+                        "then start again") from error

@@ -8,7 +8,6 @@ ranks that share a copy of the model compare their flags afterwards (`parallel.g
 from __future__ import annotations
 
 import logging
-import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,9 +29,6 @@ from grn_scale.errors import ConfigError
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-
-RETRY_SECONDS = (0.1, 1.0)
-"""Pauses before the second and the third attempt at a read that failed."""
 
 
 class Source(Index, Protocol):
@@ -83,27 +79,34 @@ class StepData:
     """Samples of this rank that were found bad in this step."""
 
 
-def _retried(read: Callable[[], T]) -> T:
-    for pause in RETRY_SECONDS:
-        try:
-            return read()
-        except OSError as error:
-            log.warning("read failed, trying again in %s s: %s", pause, error)
-            time.sleep(pause)
-    return read()
+class UnreadableSample(OSError):
+    """A read that failed at every attempt of the storage. `shard` is the name of the tar that it was for."""
+
+    def __init__(self, shard: str, reason: str):
+        super().__init__(reason)
+        self.shard = shard
+
+
+def _of_shard(shard: str, read: Callable[[], T]) -> T:
+    try:
+        return read()
+    except OSError as error:
+        raise UnreadableSample(shard, str(error)) from error
 
 
 def read_sample(mixture: Mixture, draw: Draw) -> Sample:
     """The draw with its bits, and its text's states, or token ids where the dataset holds no states.
 
-    Raises CorruptSample for bytes that are not what the index says, and OSError for a read that failed three times.
+    Raises CorruptSample for bytes that are not what the index says, and for a text whose index part is damaged;
+    UnreadableSample for a read that failed, after the attempts that the storage makes.
     """
     dataset: Source = mixture.datasets[draw.dataset]
-    row = dataset.locate(draw.row)
-    bits = _retried(lambda: dataset.read_bits(row))
+    row = mixture.locate(draw)
+    shard = dataset.info.video_shards[row.shard].name
+    bits = _of_shard(shard, lambda: dataset.read_bits(row))
     if bits.size != _packed_bytes(mixture, draw):
-        raise CorruptSample(_shard_name(mixture, draw), draw.key, f"it has {bits.size} bytes, but {draw.thw} latent "
-                            f"cells take {_packed_bytes(mixture, draw)}")
+        raise CorruptSample(shard, draw.key, f"it has {bits.size} bytes, but {draw.thw} latent cells take "
+                            f"{_packed_bytes(mixture, draw)}")
     ref = text_of(dataset, row, draw)
     if dataset.info.text_states == "none":
         return Sample(draw, bits, None, text_ids=_read_text_ids(dataset, ref, draw))
@@ -116,7 +119,7 @@ def text_of(dataset: Index, row: IndexRow, draw: Draw) -> TextRef:
 
 
 def _read_text(dataset: Source, ref: TextRef, draw: Draw) -> torch.Tensor:
-    states = _retried(lambda: dataset.read_text(ref))
+    states = _of_shard(ref.shard, lambda: dataset.read_text(ref))
     planned = (draw.text_tokens, dataset.info.text_hidden_size)
     if tuple(states.shape) != planned:
         raise CorruptSample(ref.shard, draw.key, f"its text {ref.key} has states of shape {tuple(states.shape)}, but "
@@ -125,7 +128,7 @@ def _read_text(dataset: Source, ref: TextRef, draw: Draw) -> torch.Tensor:
 
 
 def _read_text_ids(dataset: Source, ref: TextRef, draw: Draw) -> tuple[int, ...]:
-    ids = tuple(_retried(lambda: dataset.read_text_ids(ref)))
+    ids = tuple(_of_shard(ref.shard, lambda: dataset.read_text_ids(ref)))
     if len(ids) != draw.text_tokens:
         raise CorruptSample(ref.shard, draw.key, f"its text {ref.key} has {len(ids)} token ids, but the index says "
                             f"{draw.text_tokens}")
@@ -134,10 +137,6 @@ def _read_text_ids(dataset: Source, ref: TextRef, draw: Draw) -> tuple[int, ...]
 
 def _packed_bytes(mixture: Mixture, draw: Draw) -> int:
     return (draw.visual_tokens * mixture.info.latent_channels * mixture.info.rounds + 7) // 8
-
-
-def _shard_name(mixture: Mixture, draw: Draw) -> str:
-    return mixture.datasets[draw.dataset].info.video_shards[mixture.locate(draw).shard].name
 
 
 def _zeros(mixture: Mixture, draw: Draw) -> Sample:
@@ -156,8 +155,8 @@ def _read_draw(mixture: Mixture, draw: Draw, skip: Collection[str]) -> tuple[Sam
         return read_sample(mixture, draw), None
     except CorruptSample as error:
         bad = BadSample(error.shard, draw.key, error.reason, unreadable=False)
-    except OSError as error:
-        bad = BadSample(_shard_name(mixture, draw), draw.key, str(error), unreadable=True)
+    except UnreadableSample as error:
+        bad = BadSample(error.shard, draw.key, str(error), unreadable=True)
     log.warning("%s: sample %s is left out: %s", bad.shard, bad.key, bad.reason)
     return _zeros(mixture, draw), bad
 

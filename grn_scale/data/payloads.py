@@ -15,7 +15,7 @@ import numpy as np
 from grn_scale.data.block_cache import Block, Blocks, MemoryBlocks
 from grn_scale.data.recent import Recent
 from grn_scale.data.schema import ShardInfo
-from grn_scale.storage import LocalStorage, Storage
+from grn_scale.storage import LocalStorage, Storage, retried
 
 OPEN_FILES = 64
 BLOCK = 4 * 2**20
@@ -40,13 +40,16 @@ def open_payloads(storage: Storage, cache: Blocks | None = None) -> Payloads:
 
 
 class LocalPayloads:
-    """Reads at an offset of an open file. (Of a mapping a failing disk would end the process.)"""
+    """Reads at an offset of an open file, retried. (Of a mapping a failing disk would end the process.)"""
 
     def __init__(self, storage: LocalStorage):
         self._storage = storage
         self._files: Recent[str, BinaryIO] = Recent(OPEN_FILES)
 
     def read(self, shard: ShardInfo, offset: int, length: int) -> np.ndarray:
+        return retried(self._storage / shard.name, lambda: self._read(shard, offset, length))
+
+    def _read(self, shard: ShardInfo, offset: int, length: int) -> np.ndarray:
         data = np.empty(length, np.uint8)
         file = self._files.get(shard.name, self._open)
         try:

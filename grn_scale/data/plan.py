@@ -20,7 +20,7 @@ from grn_scale.batch import Pack
 from grn_scale.config.data_schema import DataConfig
 from grn_scale.data.mixture import Index, Mixture, Visits
 from grn_scale.data.state import DataState
-from grn_scale.data.window import DrawRules, ShardVisit, Window, plan_window
+from grn_scale.data.window import DrawRules, ShardVisit, TakenSamples, Window, plan_window, take_samples
 from grn_scale.errors import ConfigError
 from grn_scale.keyed import hash64, key64, uniforms
 
@@ -142,16 +142,25 @@ class Plan:
 
     def visits_in_epoch(self, epoch: int) -> int:
         """Draws of an epoch; a pass over the index."""
-        return sum(int(counts.sum()) for _, _, counts in self.visits_by_shard(epoch))
+        return sum(
+            int((visits.of(columns, self.rules.seed, self._order_of(epoch)) * self.rules.in_split(columns)).sum())
+            for index, visits, shards in zip(self.mixture.datasets, self.visits, self.mixture.shards)
+            for columns in map(index.columns, range(len(shards))))
 
-    def visits_by_shard(self, epoch: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """For each shard its dataset, the keys of its samples (S32 [n]) and how often the epoch visits each (int64 [n],
-        0 for those of the other split): what a ledger is held against."""
-        for dataset, (index, visits) in enumerate(zip(self.mixture.datasets, self.visits)):
-            for shard in range(len(self.mixture.shards[dataset])):
-                columns = index.columns(shard)
-                visited = visits.of(columns, self.rules.seed, self._order_of(epoch))
-                yield dataset, columns.keys, visited * self.rules.in_split(columns)
+    def taken_samples(self, epoch: int, window: int) -> TakenSamples:
+        """Which samples a window of an epoch takes, under which draw indices: what a ledger is held against. Reads the
+        parts of its shards, and makes no packs."""
+        return take_samples(*self._visits_of(epoch, window))
+
+    def window_borders(self, epoch: int) -> np.ndarray:
+        """int64 [windows + 1]: draw indices that the windows of an epoch start with, and the first behind the last.
+
+        An index between them may be no draw: it is the place of a sample that the epoch does not visit.
+        """
+        order = self._order_of(epoch)
+        passes, places = self._order(order)
+        end = int(places[-1] + passes["samples"][-1]) if len(passes) else 0
+        return self._first_draw(order) + np.append(places[::self.window_shards], end)
 
     def at_least(self, packs: int) -> bool:
         """Whether the first epoch has this many packs. Where the sums of the summary alone promise four times as many,
@@ -205,6 +214,10 @@ class Plan:
         """Epoch whose order and draws are used: evaluations repeat the first."""
         return epoch if self.split == "train" else 0
 
+    def _first_draw(self, order: int) -> int:
+        """Draw index of an epoch's first place."""
+        return FIRST_VALIDATION_DRAW if self.split == "validation" else order * DRAWS_OF_AN_EPOCH
+
     def _list_passes(self) -> np.ndarray:
         """Structured [passes]: the passes over shards that every epoch consists of, with the samples of the shard."""
         passes = []
@@ -231,13 +244,16 @@ class Plan:
         return passes, np.cumsum(passes["samples"]) - passes["samples"]
 
     def _plan_window(self, epoch: int, window: int) -> Window:
+        return plan_window(*self._visits_of(epoch, window))
+
+    def _visits_of(self, epoch: int, window: int) -> tuple:
+        """What `plan_window` and `take_samples` take for a window."""
         order = self._order_of(epoch)
         passes, places = self._order(order)
         begin = window * self.window_shards
-        first = FIRST_VALIDATION_DRAW if self.split == "validation" else order * DRAWS_OF_AN_EPOCH
-        return plan_window(self.mixture, self.visits, self.rules, order, [
-            ShardVisit(*visit) for visit in passes[["dataset", "shard", "repeat"]][begin:begin + self.window_shards]
-            .tolist()], first + int(places[begin]))
+        shards = passes[["dataset", "shard", "repeat"]][begin:begin + self.window_shards]
+        return (self.mixture, self.visits, self.rules, order, [ShardVisit(*visit) for visit in shards.tolist()],
+                self._first_draw(order) + int(places[begin]))
 
     def _check_split(self) -> None:
         """Refuse a split without samples, reading parts only until one is found."""

@@ -117,47 +117,76 @@ class ShardVisit:
     """Takes the samples with more visits than this."""
 
 
-def plan_window(mixture: Mixture, visits: Sequence[Visits], rules: DrawRules, order: int,
-                shards: Sequence[ShardVisit], first: int) -> Window:
-    """The draws of these passes over shards, in the order of epoch `order`, and their packs.
+@dataclass(frozen=True, eq=False)
+class TakenSamples:
+    """Which samples the n draws of a window take, ahead of what is drawn for them."""
+
+    index: np.ndarray
+    """int64 [n]: global draw index, ascending."""
+    dataset: np.ndarray
+    """int64 [n]."""
+    row: np.ndarray
+    """int64 [n]: row in the dataset."""
+    keys: np.ndarray
+    """S32 [n]."""
+    read: list[ShardColumns]
+    """Of each pass over a shard."""
+    taken_of: list[np.ndarray]
+    """bool: which samples of each pass."""
+    chosen: np.ndarray
+    """int64 [n]: number of the sample among those of all passes."""
+
+
+def take_samples(mixture: Mixture, visits: Sequence[Visits], rules: DrawRules, order: int,
+                 shards: Sequence[ShardVisit], first: int) -> TakenSamples:
+    """The samples that these passes over shards take, in the order of epoch `order`.
 
     visits: of each dataset. first: draw index of the window's first place. Samples that are not visited keep their
-    places in the count, so a draw index takes no look at other windows. Raises ConfigError for a caption that lacks the
-    text of a task; UserError for a sample longer than the budget, which the summary then has wrong.
+    places in the count, so a draw index takes no look at other windows.
     """
     read = [mixture.datasets[visit.dataset].columns(visit.shard) for visit in shards]
     taken_of = [(visits[v.dataset].of(c, rules.seed, order) > v.repeat) & rules.in_split(c)
                 for v, c in zip(shards, read)]
-    for columns, taken in zip(read, taken_of):
-        rules.check_captions(columns, taken)
     # Shuffled by the samples' keys, so that only what is in the window counts, not how it came there.
     place = _join([hash64(key64(rules.seed, "sample order", order, v.dataset, v.repeat), c.key_hash)
                    for v, c in zip(shards, read)], np.uint64)
     shuffled = np.argsort(place, kind="stable")
     shuffled_taken = _join(taken_of, bool)[shuffled]
     chosen = shuffled[shuffled_taken]
-    index = first + np.flatnonzero(shuffled_taken)
-
     dataset = _join([np.full(len(c), v.dataset) for v, c in zip(shards, read)], np.int64)[chosen]
     rows = _join([np.arange(len(c)) + mixture.first_rows[v.dataset][v.shard] for v, c in zip(shards, read)], np.int64)
+    keys = _join([c.keys for c in read], "S32")[chosen]
+    return TakenSamples(first + np.flatnonzero(shuffled_taken), dataset, rows[chosen], keys, read, taken_of, chosen)
+
+
+def plan_window(mixture: Mixture, visits: Sequence[Visits], rules: DrawRules, order: int,
+                shards: Sequence[ShardVisit], first: int) -> Window:
+    """The draws of these passes over shards, in the order of epoch `order`, and their packs (see `take_samples`).
+
+    Raises ConfigError for a caption that lacks the text of a task; UserError for a sample longer than the budget, which
+    the summary then has wrong.
+    """
+    taken = take_samples(mixture, visits, rules, order, shards, first)
+    read, chosen, index, dataset = taken.read, taken.chosen, taken.index, taken.dataset
+    for columns, taken_here in zip(read, taken.taken_of):
+        rules.check_captions(columns, taken_here)
     thw = _join([c.thw for c in read], np.int32, 3)[chosen]
     from_image = uniforms(key64(rules.seed, "task"), index) < rules.i2v_share
     task = np.where(thw[:, 0] == 1, T2I, np.where(from_image, I2V, T2V))
     caption, text_tokens = _draw_captions(rules, read, chosen, index, task, np.array(
         [each.info.empty_text.tokens for each in mixture.datasets])[dataset])
     lengths = thw.astype(np.int64).prod(axis=1) + text_tokens + 1
-    keys = _join([c.keys for c in read], "S32")[chosen]
     if len(lengths) and lengths.max() > rules.token_budget:
         worst = int(lengths.argmax())
-        raise UserError(f"sample {keys[worst].decode()} has {lengths[worst]} tokens, more than data.token_budget = "
-                        f"{rules.token_budget}, but the summary of {mixture.name(int(dataset[worst]))} says that none "
-                        "has: `grn-scale index repair` writes it anew")
+        raise UserError(f"sample {taken.keys[worst].decode()} has {lengths[worst]} tokens, more than data.token_budget "
+                        f"= {rules.token_budget}, but the summary of {mixture.name(int(dataset[worst]))} says that "
+                        "none has: `grn-scale index repair` writes it anew")
     packs = pack(lengths.tolist(), rules.token_budget)
     heads = np.array([index[members[0]] for members in packs], np.int64)
     mixed = np.argsort(hash64(key64(rules.seed, "pack order"), heads), kind="stable")
     return Window(
-        index=index, dataset=dataset, row=rows[chosen], class_id=_join([c.class_id for c in read], np.int64)[chosen],
-        keys=keys, thw=thw, ratio_key=_join([c.ratio_key for c in read], np.float64)[chosen], task=task,
+        index=index, dataset=dataset, row=taken.row, class_id=_join([c.class_id for c in read], np.int64)[chosen],
+        keys=taken.keys, thw=thw, ratio_key=_join([c.ratio_key for c in read], np.float64)[chosen], task=task,
         caption=caption, text_tokens=text_tokens, packs=[packs[i] for i in mixed])
 
 

@@ -14,24 +14,30 @@ from grn_scale.class_to_image.source import load_trained
 from grn_scale.config.class_schema import ClassConfig
 from grn_scale.data.dataset import Dataset
 from grn_scale.data.loader import read_pack
-from grn_scale.data.plan import Plan, sample_weights
-from grn_scale.evaluation.held_out import open_held_out, verdict
+from grn_scale.data.plan import sample_weights
+from grn_scale.evaluation.held_out import verdict
+from grn_scale.evaluation.held_out_datasets import measure_datasets, open_held_out, validation_plan
 from grn_scale.model.loss import NOISE_BINS, noise_bin_means, noise_bin_sums
 from grn_scale.sampling.source import Source
 
 
 def measure_held_out_classes(source: Source, config: ClassConfig, options: argparse.Namespace) -> dict[str, Any]:
-    """What `measure_held_out` gives, for a class-to-image model: `by_noise` and `agreement` of the source's model in
+    """What `held_out.measure` gives, for a class-to-image model: `by_noise` and `agreement` of the source's model in
     train.precision (options: packs, raw).
 
     ConfigError where the held-out samples are not those of the training; UserError where the dataset cannot be read,
     was made with another tokenizer, or holds what is no image of the model's size and classes.
     """
-    dataset = open_held_out(source, config, options.packs)
+    datasets = open_held_out(source, config, options.packs)
     model, weights = load_trained(source, config, raw=options.raw)
-    batches = held_out_batches(dataset, config, model, options.packs)
-    return {"weights": weights, "precision": config.train.precision, **by_noise(model, batches),
-            "training_and_sampling": agreement(model, batches, config.train.precision)}
+
+    def measure_one(dataset: Dataset) -> dict[str, Any]:
+        batches = held_out_batches(dataset, config, model, options.packs)
+        return {**by_noise(model, batches),
+                "training_and_sampling": agreement(model, batches, config.train.precision)}
+
+    return {"weights": weights, "precision": config.train.precision,
+            **measure_datasets(datasets, config, measure_one)}
 
 
 def held_out_batches(dataset: Dataset, config: ClassConfig, model: ClassGRN, packs: int) -> list[ClassBatch]:
@@ -39,8 +45,7 @@ def held_out_batches(dataset: Dataset, config: ClassConfig, model: ClassGRN, pac
 
     Their noise is keyed by fixed draws, as in validation. ConfigError where nothing is held out.
     """
-    plan = Plan.of(dataset, config.data, config.seed, split="validation")
-    chosen = plan.first_packs(packs)
+    chosen = validation_plan(dataset, config).first_packs(packs)
     weights = sample_weights(chosen, config.loss.gamma)
     return [assemble(read_pack(dataset, pack), weights, class_of=lambda draw: dataset.locate(draw.row).class_id,
                      config=model.config, noise=config.noise, class_drop=0.0, seed=config.seed, device=model.device)

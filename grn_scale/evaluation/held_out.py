@@ -1,9 +1,10 @@
-"""Held-out samples of a dataset: loss and bit accuracy by noise, and whether training and sampling agree on them."""
+"""Held-out samples of datasets: loss and bit accuracy by noise, and whether training and sampling agree on them."""
 
 from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,9 @@ from grn_scale.config.check import check_set
 from grn_scale.config.schema import Config, ModelConfig
 from grn_scale.data.dataset import Dataset
 from grn_scale.data.loader import read_pack
-from grn_scale.data.plan import Plan, sample_weights
+from grn_scale.data.plan import sample_weights
 from grn_scale.errors import ConfigError
+from grn_scale.evaluation.held_out_datasets import measure_datasets, open_held_out, validation_plan
 from grn_scale.evaluation.job import Job
 from grn_scale.evaluation.text_precision import int8_text_states
 from grn_scale.model import GRN
@@ -23,7 +25,6 @@ from grn_scale.model.loss import NOISE_BINS, label_loss, noise_bin_means, noise_
 from grn_scale.model.pack import PackedBatch, assemble
 from grn_scale.sampling.condition import Condition
 from grn_scale.sampling.guidance import GuidedNetwork
-from grn_scale.sampling.source import Source
 from grn_scale.tokenizer.text import IdsEncoder, load_text_encoder, with_text_states
 
 log = logging.getLogger(__name__)
@@ -39,27 +40,8 @@ a larger maximum.
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of --held-out."""
     parser.add_argument("--held-out", action="store_true", help="loss and bit accuracy by noise level on the held-out "
-                        "samples of data.dataset, and whether training and sampling score them alike")
-    parser.add_argument("--packs", type=int, default=8, metavar="N", help="held-out packs (default: 8)")
-
-
-def open_held_out(source: Source, config: Config, packs: int) -> Dataset:
-    """The dataset, once its held-out samples are known to be those of the source's training.
-
-    ConfigError where they are not, or `packs` is none; UserError where the dataset cannot be read or was made with
-    another tokenizer.
-    """
-    check_set(config, "data.dataset")
-    if packs < 1:
-        raise ConfigError(f"--packs is {packs}, but must be at least 1")
-    dataset = Dataset.open(config.data.dataset)
-    source.check_fingerprint("tokenizer", "data.dataset", dataset.info.tokenizer_fingerprint)
-    trained_with = source.state.get("config", {}).get("data", {}).get("validation_fraction")
-    if trained_with is not None and config.data.validation_fraction > trained_with:
-        raise ConfigError(f"data.validation_fraction is {config.data.validation_fraction:g}, but {source.checkpoint} "
-                          f"was trained with {trained_with:g}: some of these samples were trained on, give at most "
-                          "that")
-    return dataset
+                        "samples of data.dataset or data.mixture, and whether training and sampling score them alike")
+    parser.add_argument("--packs", type=int, default=8, metavar="N", help="held-out packs of each dataset (default: 8)")
 
 
 def verdict(samples: int, largest: float, spread: float, precision: str) -> dict[str, Any]:
@@ -79,28 +61,36 @@ def verdict(samples: int, largest: float, spread: float, precision: str) -> dict
 def measure(job: Job) -> dict[str, Any]:
     """`by_noise` and `agreement` of the checkpoint's model in train.precision."""
     source, config, options = job.checkpoint("--held-out"), job.config, job.options
-    dataset = open_held_out(source, config, options.packs)
-    source.check_fingerprint("text", "data.dataset", dataset.info.text_fingerprint)
+    datasets = open_held_out(source, config, options.packs)
+    source.check_fingerprint("text", "data.mixture" if config.data.mixture else "data.dataset",
+                             datasets[0].info.text_fingerprint)
     trained = source.load(raw=options.raw)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = trained.model.to(device, dtype)
-    packs = held_out_packs(dataset, config, model, options.packs, open_text_encoder(dataset, config, device))
-    return {"weights": trained.weights, "precision": config.train.precision, **by_noise(model, packs),
-            "training_and_sampling": agreement(model, packs, config.train.precision),
-            "int8_text_states": int8_text_states(model, [pack.batch for pack in packs])}
+    encoder = open_text_encoder(datasets, config, device)
+
+    def measure_one(dataset: Dataset) -> dict[str, Any]:
+        packs = held_out_packs(dataset, config, model, options.packs, encoder)
+        return {**by_noise(model, packs), "training_and_sampling": agreement(model, packs, config.train.precision),
+                "int8_text_states": int8_text_states(model, [pack.batch for pack in packs])}
+
+    return {"weights": trained.weights, "precision": config.train.precision,
+            **measure_datasets(datasets, config, measure_one)}
 
 
-def open_text_encoder(dataset: Dataset, config: Config, device: torch.device) -> IdsEncoder | None:
-    """The encoder of the dataset's texts where it holds token ids only. ConfigError where text.encoder is another."""
-    if dataset.info.text_states != "none":
+def open_text_encoder(datasets: Sequence[Dataset], config: Config, device: torch.device) -> IdsEncoder | None:
+    """The encoder of the datasets' texts where one holds token ids only. ConfigError where text.encoder is another."""
+    lacking = next((dataset for dataset in datasets if dataset.info.text_states == "none"), None)
+    if lacking is None:
         return None
     check_set(config, "text.encoder")
     encoder = load_text_encoder(config.text.encoder, config.text.max_tokens, device)
-    if encoder.fingerprint != dataset.info.text_fingerprint:
-        raise ConfigError(f"{config.data.dataset} was made with the text encoder {dataset.info.text_fingerprint[:16]}, "
-                          f"but text.encoder and text.max_tokens={config.text.max_tokens} give "
-                          f"{encoder.fingerprint[:16]}: set both as they were when it was tokenized")
+    if encoder.fingerprint != lacking.info.text_fingerprint:
+        raise ConfigError(f"{lacking.storage.location} was made with the text encoder "
+                          f"{lacking.info.text_fingerprint[:16]}, but text.encoder and text.max_tokens="
+                          f"{config.text.max_tokens} give {encoder.fingerprint[:16]}: set both as they were when it "
+                          "was tokenized")
     return encoder
 
 
@@ -113,17 +103,16 @@ class HeldOutPack:
 
 def held_out_packs(dataset: Dataset, config: Config, model: GRN, packs: int,
                    encoder: IdsEncoder | None) -> list[HeldOutPack]:
-    """The first packs of the dataset's validation split, on the model's device; encoder: where it holds no states.
+    """The first packs of the dataset's validation split, on the model's device; encoder: for texts without states.
 
     Their noise is keyed by fixed draws, as in validation. ConfigError where nothing is held out.
     """
-    plan = Plan.of(dataset, config.data, config.seed, split="validation")
-    chosen = plan.first_packs(packs)
+    chosen = validation_plan(dataset, config).first_packs(packs)
     weights = sample_weights(chosen, config.loss.gamma)
     found = []
     for pack in chosen:
         samples = read_pack(dataset, pack)
-        if encoder is not None:
+        if dataset.info.text_states == "none":
             samples = with_text_states(samples, encoder)
         found.append(HeldOutPack(samples, assemble(
             samples, weights, config=model.config, noise=config.noise, seed=config.seed,
@@ -175,18 +164,28 @@ def _condition(sample: Sample, labels_VD: torch.Tensor, config: ModelConfig) -> 
 
 
 def table(result: dict[str, Any]) -> list[str]:
-    """Lines for people."""
-    same, int8 = result["training_and_sampling"], result["int8_text_states"]
-    return [f"held out     {result['samples']} samples in {result['packs']} packs: loss {result['loss']:.4f} nats a "
-            f"label, bit accuracy {result['bit_accuracy']:.2%}",
-            "p            " + "  ".join(f"{i / 10:.1f}-{(i + 1) / 10:.1f}" for i in range(10)),
-            "loss         " + "  ".join(_number(value) for value in result["loss_by_noise"]),
-            "accuracy     " + "  ".join(_number(value) for value in result["bit_accuracy_by_noise"]),
-            f"agreement    {'yes' if same['agree'] else 'NO'}: scores of {same['samples']} samples differ by at most "
-            f"{same['largest_score_difference']:.2e} between training and sampling (standard deviation "
-            f"{same['score_standard_deviation']:.2f})",
-            f"int8 text    scores change by {int8['relative_l2']:.2%} (relative L2), at most "
-            f"{int8['largest_score_difference']:.2e}, where text states are kept as int8"]
+    """Lines for people; of a mixture one for each dataset, after those of all together."""
+    same = result["training_and_sampling"]
+    lines = [f"held out     {_summary(result)}",
+             "p            " + "  ".join(f"{i / 10:.1f}-{(i + 1) / 10:.1f}" for i in range(10)),
+             "loss         " + "  ".join(_number(value) for value in result["loss_by_noise"]),
+             "accuracy     " + "  ".join(_number(value) for value in result["bit_accuracy_by_noise"]),
+             f"agreement    {'yes' if same['agree'] else 'NO'}: scores of {same['samples']} samples differ by at most "
+             f"{same['largest_score_difference']:.2e} between training and sampling (standard deviation "
+             f"{same['score_standard_deviation']:.2f})"]
+    if int8 := result.get("int8_text_states"):
+        lines.append(f"int8 text    scores change by {int8['relative_l2']:.2%} (relative L2), at most "
+                     f"{int8['largest_score_difference']:.2e}, where text states are kept as int8")
+    for part in result.get("datasets", ()):
+        found = f"{_summary(part)}, agreement {'yes' if part['training_and_sampling']['agree'] else 'NO'}" if (
+            part["samples"]) else "holds no sample out"
+        lines.append(f"  of {part['dataset']}: {found}")
+    return lines
+
+
+def _summary(result: dict[str, Any]) -> str:
+    return (f"{result['samples']} samples in {result['packs']} packs: loss {result['loss']:.4f} nats a label, bit "
+            f"accuracy {result['bit_accuracy']:.2%}")
 
 
 def _number(value: float | None) -> str:

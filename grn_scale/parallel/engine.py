@@ -60,8 +60,9 @@ class StepResult:
     applied: bool
     """False where loss or gradient was not finite: the weights did not change, on any rank."""
     forward_backward_seconds: float
+    """Of this rank, before it waits for the others."""
     optimizer_seconds: float
-    """Gradient reduction, clipping and update."""
+    """Gradient reduction, clipping and update, with the wait."""
 
 
 class TrainEngine:
@@ -109,8 +110,9 @@ class TrainEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         begin = time.perf_counter()
-        sums = self._run(batches, forward_only=False, votes=votes)
+        scores = self._score(batches, forward_only=False)
         scored = time.perf_counter()
+        sums = self._add_up(scores, votes)
         norm, applied = self._update(sums)
         return StepResult(sums, norm, applied, scored - begin, time.perf_counter() - scored)
 
@@ -137,15 +139,21 @@ class TrainEngine:
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> BatchSums:
         """Loss of this rank's micro-batches and everyone else's; nothing is updated."""
-        return self._run(batches, forward_only=True)
+        return self._add_up(self._score(batches, forward_only=True), ())
 
-    def _run(self, batches: Sequence[Batch], forward_only: bool, votes: Sequence[float] = ()) -> BatchSums:
+    def _score(self, batches: Sequence[Batch], forward_only: bool) -> torch.Tensor:
+        """Forward and, if asked, backward; what this rank adds to the sums of all. Ends when the device has done it."""
         through = self._through_deepspeed if sees_every_pass(self.config.zero.stage) else self._through_schedule
         store = through(batches, forward_only)
         scores = torch.zeros(2 + NOISE_BINS * 3, dtype=torch.float64, device=self.device)
         if parallel_state.get_tensor_model_parallel_rank() == 0:
             for sums in store:
                 scores += sums
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return scores
+
+    def _add_up(self, scores: torch.Tensor, votes: Sequence[float]) -> BatchSums:
         total = torch.cat((scores, torch.tensor(votes, dtype=torch.float64, device=self.device)))
         dist.all_reduce(total)
         total = total.cpu()

@@ -73,7 +73,8 @@ def _fragment(name: str, shape: tuple[int, ...], parameter: torch.nn.Parameter, 
 
 
 def _holds(flat: torch.Tensor, view: torch.Tensor) -> bool:
-    return flat.untyped_storage().data_ptr() == view.untyped_storage().data_ptr()
+    # by identity, not by address: in a dry run no tensor has one
+    return flat.untyped_storage()._cdata == view.untyped_storage()._cdata
 
 
 def _partition(name: str, shape: tuple[int, ...], parameter: torch.nn.Parameter, optimizer: object) -> Fragment | None:
@@ -97,6 +98,14 @@ def publish_masters(engine: DeepSpeed) -> None:
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+
+def held_gradients(engine: DeepSpeed) -> list[torch.Tensor]:
+    """The tensors in which this rank keeps gradients between backward and update (stages 0 to 2)."""
+    plain = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+    partitions = getattr(engine.optimizer, "averaged_gradients", {}).values()
+    return [*plain, *getattr(engine.optimizer, "fp32_groups_gradients_flat", ()),
+            *(gradient for partition in partitions for gradient in partition or ())]
 
 
 def drop_gradients(engine: DeepSpeed) -> None:

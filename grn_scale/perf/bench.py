@@ -8,6 +8,7 @@
     grn-scale bench packing --lengths clip_lengths.csv                rules for packs and ranks beside each other
     grn-scale bench plan --samples 100000000                          planning of a dataset of any size
     grn-scale bench train --config configs/runs/demo.yaml             also under torchrun or srun
+    grn-scale bench checkpoint --megabytes 400 --ranks 2              how long training waits for a save
 
 Where the configuration names no manifest or dataset, inputs of the configured size are made in a temporary folder.
 "packing" and "plan" do not depend on the configuration.
@@ -27,6 +28,7 @@ from typing import Any
 from grn_scale.command_line import CommandParser, nearest, run, start_logging
 from grn_scale.config.schema import Config
 from grn_scale.errors import EXIT_FAILED, ConfigError
+from grn_scale.perf.bench_checkpoint import bench_checkpoint
 from grn_scale.perf.bench_data import bench_data
 from grn_scale.perf.bench_fleet import bench_fleet
 from grn_scale.perf.bench_packing import bench_packing
@@ -37,7 +39,7 @@ from grn_scale.perf.bench_train import bench_train
 from grn_scale.perf.measure import peak_memory, surroundings
 
 log = logging.getLogger("grn_scale.bench")
-BENCHMARKS = ("tokenize", "tokenizer", "data", "packing", "plan", "train", "fleet")
+BENCHMARKS = ("tokenize", "tokenizer", "data", "packing", "plan", "train", "checkpoint", "fleet")
 ON_REQUEST = ("fleet",)
 """Not among those that run without a name: it needs a manifest and a text encoder."""
 DEFAULT_SAMPLES = {"data": 4096, "plan": 1_000_000}
@@ -45,11 +47,13 @@ DEFAULT_CONFIG = "configs/runs/demo.yaml"
 
 
 def measure(name: str, config: Config, *, clips: int, samples: int, repeats: int,
-            widths: str | None = None, lengths: str | None = None) -> dict[str, Any]:
+            widths: str | None = None, lengths: str | None = None, megabytes: int = 400,
+            ranks: int = 1) -> dict[str, Any]:
     """One benchmark with all it depends on: results, peak memory, configuration, hardware, versions, date.
 
     clips: in each repeat of "tokenize" and "fleet"; samples: read in each repeat of "data", or of the index of "plan";
-    widths: of random weights in "tokenizer"; lengths: CSV file of clip lengths for "packing".
+    widths: of random weights in "tokenizer"; lengths: CSV file of clip lengths for "packing"; megabytes: of state that
+    each of the `ranks` processes of "checkpoint" saves.
     """
     from grn_scale.config.load import to_dict
 
@@ -65,6 +69,8 @@ def measure(name: str, config: Config, *, clips: int, samples: int, repeats: int
         results = bench_plan(samples)
     elif name == "fleet":
         results = bench_fleet(config, clips, repeats)
+    elif name == "checkpoint":
+        results = bench_checkpoint(megabytes, ranks, repeats, config.train.threads)
     else:
         results = bench_train(config, repeats)
     return {"benchmark": name, "results": results, "peak_memory": peak_memory(), **surroundings(),
@@ -89,6 +95,9 @@ def main(argv: list[str]) -> int:
                         "architecture in these widths, where tokenizer.path has none")
     parser.add_argument("--lengths", metavar="FILE", help="bench packing with the clips of a CSV file with the columns "
                         "t, h, w (latent cells) and text_tokens, instead of a made mix")
+    parser.add_argument("--megabytes", type=int, default=400, metavar="N",
+                        help="bench checkpoint: state of each process (default: 400)")
+    parser.add_argument("--ranks", type=int, default=1, metavar="1|2", help="bench checkpoint: processes (default: 1)")
     parser.add_argument("--json", action="store_true", help="nothing but the JSON: no progress on stderr")
     rest = argv[1:] if named else argv
     config, options = parser.parse_command(rest)
@@ -100,7 +109,8 @@ def main(argv: list[str]) -> int:
     log.info("measuring %s", argv[0])
     with contextlib.redirect_stdout(sys.stderr):  # libraries print, but stdout is the result
         report = measure(argv[0], config, clips=options.clips, repeats=options.repeats, widths=options.widths,
-                         samples=options.samples or DEFAULT_SAMPLES.get(argv[0], 1), lengths=options.lengths)
+                         samples=options.samples or DEFAULT_SAMPLES.get(argv[0], 1), lengths=options.lengths,
+                         megabytes=options.megabytes, ranks=options.ranks)
     if int(os.environ.get("RANK", "0")) == 0:
         print(json.dumps(report, indent=1))
     return 0

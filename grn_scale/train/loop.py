@@ -3,6 +3,7 @@ scored and learned from by `parallel.engine`; there is no branch on the layout h
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,9 +19,14 @@ from grn_scale.errors import DoNotRequeue
 from grn_scale.model.loss import noise_bin_means
 from grn_scale.model.pack import PackedBatch
 from grn_scale.train.bad_samples import BadSamples
+from grn_scale.train.heartbeat import Heart
 from grn_scale.train.metrics import MetricsLog
 from grn_scale.train.progress import TrainingProgress
+from grn_scale.train.rollback import Rollbacks
 from grn_scale.train.schedule import learning_rate
+from grn_scale.train.spikes import SpikeJudge, Verdict
+from grn_scale.train.stopping import StopRequest
+from grn_scale.train.stragglers import Stragglers
 
 if TYPE_CHECKING:  # importing it loads megatron-core, which has to wait for `parallel.groups.start`
     from grn_scale.parallel.engine import StepResult, TrainEngine
@@ -34,6 +40,8 @@ class Position:
     """Steps done."""
     samples_seen: int
     data: DataState
+    batches: int
+    """Global batches read: more than the steps where the run went back after a loss spike."""
 
 
 @dataclass(frozen=True)
@@ -52,54 +60,101 @@ class Run:
     """File that gets a line for each step; None on all processes but the first, and without data.ledger."""
     metrics: MetricsLog
     progress: TrainingProgress
-    save: Callable[[Position], None]
-    """Write a checkpoint."""
+    save: Callable[[Position], float]
+    """Write a checkpoint, or begin to; seconds that the last finished one took."""
+    rollbacks: Rollbacks
+    stop: StopRequest
+    heart: Heart
+    stragglers: Stragglers
     flops: Callable[[Sequence[Draw]], int]
     """FLOPs of training on these draws."""
     peak_flops: float | None
     """Of all devices together; None where it is not known."""
 
 
-def train(run: Run, position: Position) -> None:
-    """Train from `position` to config.train.steps; DoNotRequeue when too many samples are bad, or too many steps in a
-    row are not finite."""
-    settings, not_finite = run.config.train, 0
+def train(run: Run, position: Position) -> bool:
+    """Train from `position` to config.train.steps. True when they are done, False where the run was asked to stop: it
+    then stands in a checkpoint, the one before where the last steps are in doubt.
+
+    DoNotRequeue when too many samples are bad, too many steps in a row are not finite, or the loss spikes too often.
+    """
+    settings, spikes = run.config.train, SpikeJudge(run.config.spikes)
+    not_finite, save_due = 0, False
     while position.step < settings.steps:
         if settings.validate_every and position.step % settings.validate_every == 0:
             validate(run, position.step)
 
         begin = time.perf_counter()
+        run.heart.enter("data", position.step + 1)
         data = next(run.loader)
         batches = run.assemble([pack.samples for pack in data.micro_batches], data.weights)
         data_wait = time.perf_counter() - begin
 
+        run.heart.enter("step", position.step + 1, [draw.key for one in data.micro_batches for draw in one.pack.draws])
         rate = learning_rate(position.step, run.config.optimizer.lr, run.config.schedule, settings.steps)
-        result = run.engine.train_step(batches, rate)
+        result = run.engine.train_step(batches, rate, run.stop.votes())
         samples = sum(len(pack.draws) for pack in data.packs)
-        position = Position(position.step + 1, position.samples_seen + samples, data.state_after)
+        position = Position(position.step + 1, position.samples_seen + samples, data.state_after, position.batches + 1)
+        seconds = time.perf_counter() - begin
+        run.stop.took("step", seconds)
 
         if run.ledger:
-            record_step(run.ledger, position.step, data.packs, data.state_after.snapshot)
-        row = metrics_row(run, data, result, rate, data_wait, time.perf_counter() - begin)
+            record_step(run.ledger, position.batches, data.packs, data.state_after.snapshot)
+        row = metrics_row(run, data, result, rate, data_wait, seconds)
+        row |= run.stragglers.add(result.forward_backward_seconds, data_wait)
         run.metrics.write(position.step, row)
         run.progress.step(position.step, row)
         if result.sums.bad_samples:
             run.bad_samples.add(position.step, data.bad)
         not_finite = 0 if result.applied else not_finite + 1
-        if not_finite >= settings.nonfinite_limit:
-            raise DoNotRequeue(
-                f"{not_finite} steps in a row had a loss or gradient that is not finite (train.nonfinite_limit), the "
-                f"last is step {position.step}: lower optimizer.lr, or look at the samples of these steps")
+        if not_finite:
+            tell_not_finite(run, position.step, result, not_finite)
 
-        if position.step % settings.checkpoint_every == 0 or position.step == settings.steps:
-            run.save(position)
+        verdict, stop = spikes.judge(result.sums.loss), run.stop.agreed(result.sums.votes)
+        if verdict is Verdict.SPIKE and not stop:
+            run.heart.enter("restore", position.step)
+            position, save_due = run.rollbacks.go_back(position, result.sums.loss, spikes.limit()), False
+            continue
+        last, in_doubt = position.step == settings.steps, verdict is not Verdict.FINE or not_finite > 0
+        save_due = save_due or last or bool(stop) or position.step % settings.checkpoint_every == 0
+        if save_due and (last or not in_doubt):
+            save(run, position)
+            save_due = False
+        if stop and not last:
+            run.progress.warn(f"stopping after step {position.step}, since {stop}"
+                              + (": not saved, its loss is in doubt" if in_doubt else ""))
+            return False
     if settings.validate_every:
         validate(run, position.step)
+    return True
+
+
+def save(run: Run, position: Position) -> None:
+    """Write a checkpoint, or begin to."""
+    run.heart.enter("save", position.step)
+    begin = time.perf_counter()
+    written = run.save(position)
+    run.stop.took("save", max(written, time.perf_counter() - begin))
+
+
+def tell_not_finite(run: Run, step: int, result: StepResult, count: int) -> None:
+    """Tell of a step that changed no weights; DoNotRequeue where it is the last that may, with `count` in a row."""
+    limit = run.config.train.nonfinite_limit
+    what = "loss" if not math.isfinite(result.sums.loss) else "gradient"
+    if count >= limit:
+        raise DoNotRequeue(
+            f"{count} steps in a row had a loss or gradient that is not finite (train.nonfinite_limit), the last is "
+            f"step {step} (its {what}): lower optimizer.lr, or look at the samples of these steps")
+    run.progress.warn(f"step {step} is skipped: its {what} is not finite ({count} in a row, at "
+                      f"train.nonfinite_limit={limit} the run stops)")
 
 
 def validate(run: Run, step: int) -> None:
     """Log the loss on held-out samples. Their noise is keyed by fixed draws, so evaluations differ by weights only."""
+    run.heart.enter("validate", step)
+    begin = time.perf_counter()
     sums = run.engine.evaluate(run.validation)
+    run.stop.took("validate", time.perf_counter() - begin)
     means = noise_bin_means(sums.bins)
     labels = sums.bins[:, 2].sum().clamp(min=1)
     row = {"validation_loss": sums.loss, "validation_bad_samples": sums.bad_samples,

@@ -2,8 +2,9 @@
 
 metrics.jsonl holds one JSON object a line. Every attempt opens with {"event": "start", run, attempt, step, time},
 where step is the number of updates it starts from; then comes a row for each logged step: run, attempt, step, time
-(Unix seconds) and the values of that step. Lines are only ever added: an attempt that resumes from step n supersedes
-earlier attempts' rows above n, and `read_metrics` leaves those out.
+(Unix seconds) and the values of that step. {"event": "rollback", step} tells that the run went back to a step. Lines
+are only ever added: an attempt that resumes from step n, or a rollback to it, supersedes the rows above n before it,
+and `read_metrics` leaves those out.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """One row a step, steps ascending, each from the newest attempt that reached it.
+    """One row a step, steps ascending, each from the last time that the run reached it.
 
     Values that an attempt wrote for one step in several rows (training, validation) come back in one. An unfinished
     last line is left out. Raises UserError for a file that is absent or damaged.
@@ -96,7 +97,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"no metrics at {path}: the run has not written any, or this is not a run folder")
     rows: dict[int, dict[str, Any]] = {}
     for row in _lines(path):
-        if row.get("event") == "start":
+        if row.get("event") in ("start", "rollback"):
             rows = {step: kept for step, kept in rows.items() if step <= row["step"]}
         else:
             rows[row["step"]] = {**rows.get(row["step"], {}), **row}

@@ -36,6 +36,15 @@ class TrainingProgress:
         if self.shown and self.bar.disable and step % self.every == 0:
             log.info("step %d: %s", step, status)
 
+    def moved(self, step: int) -> None:
+        """The run goes on from another step."""
+        self.bar.update(self.task, completed=step)
+
+    def warn(self, message: str) -> None:
+        """Tell of something once, not on every process."""
+        if self.shown:
+            log.warning("%s", message)
+
     def validated(self, step: int, row: Mapping[str, Any]) -> None:
         if self.shown:
             log.info("step %d: validation loss %.4f, bit accuracy %.1f %%", step, row["validation_loss"],

@@ -6,7 +6,6 @@ import os
 import resource
 import signal
 import traceback
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,11 +14,13 @@ import torch
 import torch.distributed as dist
 
 from grn_scale.checkpoint import layout, load_weights
+from grn_scale.checkpoint.background import BackgroundSaver
 from grn_scale.checkpoint.checkpoint import load_checkpoint, resolve_resume, save_checkpoint
 from grn_scale.checkpoint.chunks import Chunk, fragment_boxes, whole
 from grn_scale.checkpoint.ranks import RankError, Ranks
 from grn_scale.checkpoint.store import load_chunks, save_chunks
 from grn_scale.errors import ConfigError, UserError
+from tests.helpers.checkpoints import at_event
 
 WORLD = 4
 SHAPES = {"blocks.0.w": (8, 6), "blocks.0.conv": (4, 3, 2, 2), "norm.weight": (10,), "scale": ()}
@@ -204,32 +205,50 @@ def damage_that_only_one_rank_reads_is_skipped_by_all(folder, rank, pair):
     raises(UserError, "checksum", lambda: resolve_resume(str(newer), folder / "other"))
 
 
-def a_save_in_a_thread_with_its_own_group_leaves_the_main_thread_its_collectives(folder, rank, pair):
-    own = dist.new_group(backend="gloo")
-    copies = split_fragments(truth(5), rank, WORLD)
-    with ThreadPoolExecutor(1) as pool:
-        saving = pool.submit(save_checkpoint, folder, 1, {"model": copies}, {}, keep_last=1, group=own)
-        for i in range(50):
-            value = torch.tensor([float(rank + i)])
-            dist.all_reduce(value)
-            assert value.item() == 6 + 4 * i
-        path = saving.result(timeout=30)
-    assert torch.equal(load_weights(path)["blocks.0.w"], truth(5)["blocks.0.w"])
+def a_background_save_leaves_the_main_thread_its_collectives(folder, rank, pair):
+    tensors = truth(5)
+    with BackgroundSaver(folder, keep_last=1) as saver:
+        for step in (1, 2):
+            chunks = split_fragments(tensors, rank, WORLD)
+            saver.save(step, {"model": chunks}, {"step": step})
+            for chunk in chunks:
+                chunk.tensor.fill_(-1)
+            for i in range(50):
+                value = torch.tensor([float(rank + i)])
+                dist.all_reduce(value)
+                assert value.item() == 6 + 4 * i
+    assert resolve_resume("must", folder).name == "step-00000002"
+    back = {"model": split_columns(truth(-9), rank, WORLD)}
+    assert load_checkpoint(folder / "step-00000002", back) == {"step": 2}
+    for a, b in zip(back["model"], split_columns(truth(5), rank, WORLD), strict=True):
+        assert torch.equal(a.tensor, b.tensor)
 
 
-def a_rank_that_is_killed_while_saving_leaves_the_last_checkpoint_and_nobody_waits(folder, rank, pair):
-    path = save_checkpoint(folder, 1, {"model": split_rows(truth(1), rank, WORLD)}, {}, keep_last=1)
+def an_error_in_one_ranks_thread_is_raised_on_all_and_a_later_save_succeeds(folder, rank, pair):
+    mine, before = {"model": split_rows(truth(1), rank, WORLD)}, resource.getrlimit(resource.RLIMIT_FSIZE)
+    with BackgroundSaver(folder, keep_last=1) as saver:
+        if rank == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (200, before[1]))
+        for step in (1, 2):
+            saver.save(step, mine, {})
+        raises(UserError, "cannot write .*rank-00002.*free space", saver.wait)
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        saver.save(3, mine, {})
+        saver.wait()
+        raises(RankError, "rank 0 and 3 more: TypeError", lambda: saver.save(4, mine, {"x": {1, 2}}))
+        raises(UserError, "no host memory", lambda: saver.reserve(1 << 60 if rank == 1 else 8))
+    assert [p.name for p in folder.iterdir()] == ["step-00000003"]
 
-    class Deadly(torch.Tensor):
-        @property
-        def dtype(self):
-            os.kill(os.getpid(), signal.SIGKILL)
 
-    mine = split_rows(truth(2), rank, WORLD)
+def a_rank_that_is_killed_while_it_writes_leaves_the_last_checkpoint_and_nobody_waits(folder, rank, pair):
+    saver = BackgroundSaver(folder, keep_last=1)
+    saver.save(1, {"model": split_rows(truth(1), rank, WORLD)}, {})
+    saver.wait()
     if rank == WORLD - 1:
-        object.__setattr__(mine[0], "tensor", mine[0].tensor.as_subclass(Deadly))
-    raises(RuntimeError, "", lambda: save_checkpoint(folder, 2, {"model": mine}, {}, keep_last=1))
-    assert layout.newest_complete(folder) == path
+        at_event("open", f"rank-{rank:05d}", lambda: os.kill(os.getpid(), signal.SIGKILL))
+    saver.save(2, {"model": split_rows(truth(2), rank, WORLD)}, {})
+    raises(RuntimeError, "", saver.wait)
+    assert layout.newest_complete(folder).name == "step-00000001"
 
 
 CASES = [
@@ -241,8 +260,9 @@ CASES = [
     a_defect_on_one_rank_fails_on_all_and_leaves_nothing,
     a_rank_may_lack_a_section, a_checkpoint_of_four_resumes_and_old_ones_go,
     damage_that_only_one_rank_reads_is_skipped_by_all,
-    a_save_in_a_thread_with_its_own_group_leaves_the_main_thread_its_collectives,
-    a_rank_that_is_killed_while_saving_leaves_the_last_checkpoint_and_nobody_waits,  # last: it ends the processes
+    a_background_save_leaves_the_main_thread_its_collectives,
+    an_error_in_one_ranks_thread_is_raised_on_all_and_a_later_save_succeeds,
+    a_rank_that_is_killed_while_it_writes_leaves_the_last_checkpoint_and_nobody_waits,  # last: it ends the processes
 ]
 
 

@@ -86,30 +86,33 @@ def test_layout_trains_like_plain_torch(pools, numbers, record, layout: Layout) 
 def in_fp32(pools: RankPools, numbers: dict, layout: Layout) -> dict[str, float]:
     """Largest differences over 20 steps of SGD and of AdamW, and of the first step's gradients (in units of what is
     allowed: 1e-4 relative, or 1e-7 of the global norm)."""
+    runs = [(layout.config(optimizer="sgd", **numbers), STEPS), (layout.config(optimizer="adamw", **numbers), STEPS),
+            (layout.config(**ONE_STEP, **numbers), 1)]
+    answers = pools.run(layout.world, "tests.helpers.parity:engine_runs", runs=runs)
+    sgd, adamw, one_step = ([answer[i] for answer in answers] for i in range(len(runs)))
     found = {}
-    for optimizer, suffix in (("sgd", ""), ("adamw", " (adamw)")):
+    for optimizer, suffix, results in (("sgd", "", sgd), ("adamw", " (adamw)", adamw)):
         expected = reference(STEPS, optimizer=optimizer, **numbers)
         assert min(expected.norms) > 0.05, "clipping must be active in every step"
-        results = run(pools, layout.world, layout.config(optimizer=optimizer, **numbers), STEPS)
         assert all(r["losses"] == results[0]["losses"] for r in results)
         mine = results[0]
+        assert mine["scored"] == pytest.approx(mine["losses"][0], rel=1e-6), "evaluation before the first step"
         found["loss" + suffix] = max(abs(a - b) / max(1, b) for a, b in zip(mine["losses"], expected.losses))
         found["norm" + suffix] = max(abs(a - b) / b for a, b in zip(mine["norms"], expected.norms))
         for name, section, tensors in (("weights", "model", expected.weights), ("average", "ema", expected.average)):
             there = gather(results, section)
             assert there.keys() == tensors.keys()
             found[name + suffix] = max(relative(there[key], tensor) for key, tensor in tensors.items())
-    found["gradient"] = gradients(pools, numbers, layout)
+    found["gradient"] = gradient_difference(numbers, gather(one_step, "model"))
     return found
 
 
-def gradients(pools: RankPools, numbers: dict, layout: Layout) -> float:
+def gradient_difference(numbers: dict, after_one_step: dict[str, torch.Tensor]) -> float:
     expected, start = reference(1, **ONE_STEP, **numbers), reference(0, **ONE_STEP, **numbers).weights
-    found = gather(run(pools, layout.world, layout.config(**ONE_STEP, **numbers), 1), "model")
     worst = 0.0
     for name, weight in expected.weights.items():
         decay = (0.1 if weight.dim() > 1 else 0.0) * start[name]
-        want, got = ((start[name] - w) / 100.0 - decay for w in (weight, found[name]))
+        want, got = ((start[name] - w) / 100.0 - decay for w in (weight, after_one_step[name]))
         worst = max(worst, min(relative(got, want) / 1e-4, ((got - want).norm() / (1e-7 * expected.norms[0])).item()))
     return worst
 

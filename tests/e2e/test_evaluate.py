@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from grn_scale.cli import main
+from grn_scale.data.dataset_info import read_dataset_info
+from grn_scale.data.dataset_info import write_dataset as write_dataset_info
 from tests.helpers.clips import caption, write_clip
 from tests.helpers.evaluation import NETWORK_OPTIONS, write_network
 from tests.helpers.jobs import grn_scale, train_arguments, write_dataset
@@ -40,6 +46,37 @@ def test_held_out_samples_score_alike_in_training_and_sampling(made, tmp_path, c
     assert same["samples"] == held_out["samples"] > 0
     assert same["largest_score_difference"] < allowed * max(1.0, same["score_standard_deviation"])
     assert same["agree"] is True
+
+
+def part_of(made: Path, folder: Path, shards: slice) -> Path:
+    """A dataset of some of the video shards, with the files of the whole."""
+    shutil.copytree(made / "tokens", folder, copy_function=os.link)
+    (folder / "dataset.json").unlink()
+    info = read_dataset_info(made / "tokens")
+    write_dataset_info(folder, replace(info, video_shards=info.video_shards[shards]))
+    return folder
+
+
+def test_each_dataset_of_a_mixture_is_measured_on_its_own_held_out_samples_and_all_together(made, tmp_path, capsys):
+    parts = [part_of(made, tmp_path / name, shards) for name, shards in (("a", slice(0, 2)), ("b", slice(2, 3)))]
+    mixture = ", ".join(f"{{dataset: {part}, repeats: {n + 1}}}" for n, part in enumerate(parts))
+
+    def measured(name: str, *data: str) -> dict:
+        assert main([*arguments(made, tmp_path / name, "--held-out", "--packs", "2", "--json"), *data]) == 0
+        return json.loads(capsys.readouterr().out)["held_out"]
+
+    together = measured("all", "data.dataset=", f"data.mixture=[{mixture}]", "data.image_share=0")
+    alone = [measured(f"only-{part.name}", f"data.dataset={part}") for part in parts]
+    each = together["datasets"]
+    assert [part["dataset"] for part in each] == [str(part) for part in parts]
+    for part, single in zip(each, alone):
+        assert {**single, **part} == {**single, "dataset": part["dataset"]} and "datasets" not in single
+    samples = [part["samples"] for part in each]
+    assert together["samples"] == sum(samples) > max(samples) and together["training_and_sampling"]["agree"]
+    assert together["loss"] == pytest.approx(np.average([part["loss"] for part in each], weights=samples))
+    assert main([*arguments(made, tmp_path / "table", "--held-out"), "data.dataset=", f"data.mixture=[{mixture}]"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"  of {part}: {count} samples in" in printed for part, count in zip(parts, samples))
 
 
 def test_the_fitted_rule_has_the_mean_that_was_asked_for_and_can_be_sampled_with(made, tmp_path, capsys):

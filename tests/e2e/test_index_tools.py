@@ -63,7 +63,8 @@ def killed_at(moment: int):
         return counting
 
     with pytest.MonkeyPatch.context() as patched:
-        for owner, name in ((LocalStorage, "write"), (LocalStorage, "create"), (LocalStorage, "delete"), (os, "link")):
+        for owner, name in ((LocalStorage, "write"), (LocalStorage, "write_bytes"), (LocalStorage, "create"),
+                            (LocalStorage, "delete"), (os, "link")):
             patched.setattr(owner, name, counted(getattr(owner, name)))
         yield
 

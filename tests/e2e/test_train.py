@@ -79,7 +79,8 @@ def test_resuming_after_a_kill_equals_the_undisturbed_run_bit_for_bit(dataset, u
     for found in output.glob("step-00000008*"):  # it may have come that far
         found.rename(tmp_path / "later")
     done = grn_scale(*arguments, "--resume", "must")
-    assert "step 4" in done.stderr and "samples seen" in done.stderr
+    said = " ".join(done.stderr.split())
+    assert "step 4" in said and "samples seen" in said and "the same now; nothing left out" in said
     assert same_state(undisturbed, output)
     losses = [[row.get("loss") for row in read_metrics(run / "metrics.jsonl")] for run in (undisturbed, output)]
     assert losses[0] == losses[1]
@@ -136,8 +137,13 @@ def test_a_corrupt_sample_is_recorded_once_and_more_than_the_limit_end_the_run_f
     assert line["key"] == row.key and line["shard"] == "video-000000.tar"
     seen = [step for step in read_metrics(tmp_path / "run/metrics.jsonl") if step.get("bad_samples")]
     assert seen and seen[0]["step"] == line["step"]
-    done = grn_scale(*train_arguments(damaged, tmp_path / "strict", "data.bad_sample_limit=0"), expect=78)
+    strict = train_arguments(damaged, tmp_path / "strict", "data.bad_sample_limit=0")
+    done = grn_scale(*strict, expect=78)
     assert "1 samples are corrupt or unreadable" in done.stderr
+    trained = (tmp_path / "strict/metrics.jsonl").read_text()
+    done = grn_scale(*strict, "--resume", "auto", expect=78)
+    assert "1 samples are corrupt or unreadable" in done.stderr and "before this start" in done.stderr
+    assert (tmp_path / "strict/metrics.jsonl").read_text() == trained
 
 
 @pytest.mark.parametrize("more,code,message", [

@@ -43,7 +43,7 @@ def engine_on_golden(config: Config, checkpoint: Path, cases: Sequence[GoldenCas
 
     device = groups.start(config.parallel)
     from grn_scale.parallel.engine import TrainEngine
-    from grn_scale.pretrain.train import restore
+    from grn_scale.train.checkpoints import restore
 
     try:
         engine = TrainEngine(config, device)

@@ -1,4 +1,4 @@
-"""Every way to lay a training job out over at most eight processes, and few of them that cover all pairs of features."""
+"""Every way to lay a training job out over up to eight processes, and few of them that cover all pairs of features."""
 
 from __future__ import annotations
 

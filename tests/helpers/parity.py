@@ -160,31 +160,44 @@ def _loss(model: GRN | ClassGRN, batch: PackedBatch | ClassBatch) -> torch.Tenso
 
 def engine_run(config: Config, steps: int, empty: bool = False, start: dict[str, torch.Tensor] | None = None) -> dict:
     """One rank of the engine's run; every rank returns the chunks it owns. Arguments as of `plain_run`."""
+    return engine_runs([(config, steps)], empty, start)[0]
+
+
+def engine_runs(runs: Sequence[tuple[Config, int]], empty: bool = False,
+                start: dict[str, torch.Tensor] | None = None) -> list[dict]:
+    """`engine_run` of several configurations of one layout, in the same process groups: making those is what costs."""
     from megatron.core import parallel_state
 
     from grn_scale.parallel import groups
 
-    device = groups.start(config.parallel)
-    from grn_scale.parallel.engine import TrainEngine
-
+    device = groups.start(runs[0][0].parallel)
     try:
-        engine = TrainEngine(config, device)
-        if start:
-            _start_from(engine, start)
-        rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        losses, norms = [], []
-        for step in range(steps):
-            batches = batches_of_step(step, config, range(rank, PACKS, size), empty, groups.context_parallel())
-            result = engine.train_step(batches, _rate(config, step, steps))
-            assert result.applied
-            losses.append(result.sums.loss)
-            norms.append(result.gradient_norm)
-        sections = engine.state_chunks()
-        return {"losses": losses, "norms": norms, **{
-            name: [(c.name, c.global_shape, c.offset, c.tensor.detach().float().clone().numpy()) for c in chunks]
-            for name, chunks in sections.items()}}
+        return [_engine_run(config, steps, device, empty, start) for config, steps in runs]
     finally:
         parallel_state.destroy_model_parallel()
+
+
+def _engine_run(config: Config, steps: int, device: torch.device, empty: bool,
+                start: dict[str, torch.Tensor] | None) -> dict:
+    from grn_scale.parallel import groups
+    from grn_scale.parallel.engine import TrainEngine
+
+    engine = TrainEngine(config, device)
+    if start:
+        _start_from(engine, start)
+    rank, size = groups.data_parallel()
+    losses, norms = [], []
+    scored = engine.evaluate(batches_of_step(0, config, range(rank, PACKS, size), empty, groups.context_parallel()))
+    for step in range(steps):
+        batches = batches_of_step(step, config, range(rank, PACKS, size), empty, groups.context_parallel())
+        result = engine.train_step(batches, _rate(config, step, steps))
+        assert result.applied
+        losses.append(result.sums.loss)
+        norms.append(result.gradient_norm)
+    sections = engine.state_chunks()
+    return {"losses": losses, "norms": norms, "scored": scored.loss, **{
+        name: [(c.name, c.global_shape, c.offset, c.tensor.detach().float().clone().numpy()) for c in chunks]
+        for name, chunks in sections.items()}}
 
 
 def _start_from(engine, weights: dict[str, torch.Tensor]) -> None:

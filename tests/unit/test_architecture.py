@@ -34,7 +34,7 @@ ARROWS = {
 LAZY_ARROWS = {
     "model": {"checkpoint"},
     "tokenizer": {"checkpoint"},
-    "perf": {"command_line", "data", "demo", "model", "parallel", "tokenizer"},
+    "perf": {"checkpoint", "command_line", "data", "demo", "model", "parallel", "tokenizer"},
 }
 """What a folder may import inside a function only."""
 LIBRARIES = {"megatron": "parallel", "deepspeed": "parallel", "wandb": "train"}

@@ -87,6 +87,20 @@ def test_train_benchmark_prints_json_alone_on_stdout():
         assert results[kind]["step_seconds"]["repeats"] == 2 and results[kind]["tokens_per_second"]["median"] > 0
 
 
+def test_checkpoint_benchmark_compares_saves_on_two_ranks():
+    report = bench.measure("checkpoint", tiny_config(), clips=1, samples=1, repeats=2, megabytes=1, ranks=2)
+    check_surroundings(report)
+    results = report["results"]
+    assert results["ranks"] == 2 and results["disk"]["staging"]["bytes_per_rank"] > 900_000
+    for number in ("synchronous_blocking_seconds", "background_save_seconds"):
+        assert results["disk"][number]["median"] > 0
+    for number in ("background_stall_seconds", "stall_over_blocking"):
+        assert results["disk"][number]["first"] > 0 and results["disk"][number]["later"]["repeats"] == 1
+    assert results["disk"]["step_seconds"]["slowdown"]["repeats"] == 2
+    with pytest.raises(ConfigError, match="--ranks 3"):
+        bench.measure("checkpoint", tiny_config(), clips=1, samples=1, repeats=2, megabytes=1, ranks=3)
+
+
 def test_clip_that_fits_no_pack_is_refused_with_the_budget_that_would_do():
     with pytest.raises(ConfigError, match="data.token_budget=256 or more"):
         bench.measure("train", tiny_config("tokenize.latent_side=8"), clips=1, samples=1, repeats=1)

@@ -1,6 +1,7 @@
 """The command line: what is printed where, and with which exit code a program ends."""
 
 import argparse
+import errno
 import json
 import logging
 import os
@@ -12,7 +13,15 @@ import pytest
 
 from grn_scale import __version__, cli
 from grn_scale.cli import COMMANDS, main
-from grn_scale.command_line import CommandParser, choose, config_yaml, run, save_config, start_logging
+from grn_scale.command_line import (
+    CommandParser,
+    choose,
+    config_yaml,
+    os_error_message,
+    run,
+    save_config,
+    start_logging,
+)
 from grn_scale.config import Config, load_config
 from grn_scale.errors import ConfigError, DoNotRequeue, UserError
 
@@ -136,6 +145,45 @@ def test_reader_that_stops_early_is_no_error_but_another_broken_pipe_is():
     child.wait(timeout=60)
     done = start("-c", "from grn_scale.command_line import run\ndef p(a): raise BrokenPipeError\nrun(p, [])")
     assert done.returncode == 1 and "BrokenPipeError" in done.stderr
+
+
+@pytest.mark.parametrize(("error", "message"), [
+    (PermissionError(errno.EACCES, "Permission denied", "/data/out"),
+     "/data/out: Permission denied; give another path, or give this user the right to read and write there"),
+    (OSError(errno.EROFS, "Read-only file system", b"/mnt/out"),
+     "/mnt/out: Read-only file system; give a path on another file system"),
+    (OSError(errno.ENOSPC, "No space left on device"),
+     "No space left on device; free space, then run the same command again"),
+    (OSError(errno.ENOTEMPTY, "Directory not empty", "/data/out"), "/data/out: Directory not empty"),
+])
+def test_an_error_about_a_file_is_one_message_that_names_it(error, message, capsys):
+    def program(argv):
+        raise error
+
+    assert run(program, []) == 1
+    assert capsys.readouterr() == ("", f"error: {message}\n")
+
+
+def test_an_error_of_a_storage_client_is_one_message():
+    assert os_error_message(OSError("of nobody")) is None
+    try:
+        raise OSError("cannot read s3://bucket/a: ClientError('no')") from KeyError("no")
+    except OSError as error:
+        assert os_error_message(error) == "cannot read s3://bucket/a: ClientError('no')"
+
+
+@pytest.mark.parametrize("error", ["OSError(9, 'Bad file descriptor')", "ConnectionRefusedError(111, 'refused')"])
+def test_an_error_of_the_system_about_no_file_keeps_its_traceback(error):
+    done = start("-c", f"from grn_scale.command_line import run\ndef p(a): raise {error}\nrun(p, [])")
+    assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+def test_development_mode_shows_where_an_error_about_a_file_rose():
+    code = "import sys\nfrom grn_scale.command_line import run\nsys.exit(run(lambda argv: open('/proc/nope'), []))"
+    for mode in ("", "1"):
+        done = start("-c", code, env={**os.environ, "PYTHONDEVMODE": mode})
+        assert done.returncode == 1 and ("Traceback" in done.stderr) == bool(mode)
+        assert done.stderr.endswith("error: /proc/nope: No such file or directory; correct the path\n")
 
 
 def parser():

@@ -94,9 +94,10 @@ def test_numbers_may_be_written_as_yaml_1_2_has_them():
     ("data.token_budget=1000", "1024 is the nearest"),
     ("tokenize.max_frames=12", "9 would do"),
     ("model.num_heads=5", "must be a multiple of model.num_heads (5)"),
-    ("parallel.recompute=some", "must be one of none, full"),
+    ("parallel.recompute=some", "must be one of none, selective, full"),
     ("zero.stage=5", "zero.stage is 5"),
     ("train.steps=0", "train.steps is 0, but must be greater than 0"),
+    ("train.keep_every=300", "multiple of train.checkpoint_every (200)"),
     ("text.max_tokens=513", "positions for at most 512"),
 ])
 def test_rules_of_a_section_give_value_rule_and_remedy(override, words):

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from grn_scale.data_pipeline.leases import FOLDER, Leases
+from grn_scale.data_pipeline.leases import FOLDER, ClaimLost, Leases
 from grn_scale.storage import Storage
 
 
@@ -53,6 +53,31 @@ def test_held_claims_are_renewed(storage):
         first = storage.read(FOLDER + "a")
         time.sleep(0.2)
         assert json.loads(storage.read(FOLDER + "a"))["beat"] > json.loads(first)["beat"]
+
+
+def test_a_holder_that_slept_leaves_the_claim_to_the_one_who_took_it(storage):
+    with Leases(storage, 0.2) as slept, Leases(storage, 60) as busy:
+        assert slept.claim("a") and slept.claim("b") and busy.claim("c")
+        slept.check("a")
+        other_process(storage, "a")
+        with pytest.raises(ClaimLost):
+            slept.check("a")
+        time.sleep(0.15)  # a time of renewal
+        slept.release("a")
+        assert json.loads(storage.read(FOLDER + "a"))["host"] == "far"
+        slept.check("b")
+        storage.delete(FOLDER + "b")  # the other has taken it, done the work and given it back
+        with pytest.raises(ClaimLost):
+            slept.check("b")
+        time.sleep(0.15)
+        assert not storage.exists(FOLDER + "b") and slept.claim("b")
+        slept.check("b")
+        busy.release("c")
+        with pytest.raises(ClaimLost):
+            busy.check("c")
+        storage.write_bytes(FOLDER + "b", b"{")
+        with pytest.raises(ClaimLost):
+            slept.check("b")
 
 
 def test_the_claim_of_a_dead_process_of_this_machine_is_free_at_once(tmp_path):

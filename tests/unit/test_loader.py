@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 
+from grn_scale import storage
 from grn_scale.batch import Pack
-from grn_scale.data import loader as loader_module
 from grn_scale.data.dataset import Dataset
-from grn_scale.data.ledger import check_epoch, read_steps, record_step
+from grn_scale.data.ledger import Ledger, record_step
+from grn_scale.data.ledger_check import check_epoch
 from grn_scale.data.loader import PackLoader, read_pack
 from grn_scale.data.packing import Cost
+from grn_scale.data.payloads import LocalPayloads
 from grn_scale.data.plan import Plan
 from grn_scale.data.split import held_out
 from grn_scale.data.window import EMPTY_CAPTION
@@ -44,7 +46,7 @@ def folder(written, tmp_path):
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
-    monkeypatch.setattr(loader_module, "RETRY_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(storage, "RETRY_SECONDS", (0.0, 0.0))
 
 
 def plan_of(dataset, **changes) -> Plan:
@@ -154,21 +156,25 @@ def test_a_corrupt_sample_keeps_its_slot_as_zeros_and_is_named(folder, caplog):
     assert step.state_after.skip == ()
 
 
-class Flaky(Dataset):
-    """A dataset whose reads of some clips fail a number of times."""
+class Flaky(LocalPayloads):
+    """Reads at some places of the shards fail a number of times."""
 
-    failures: dict[str, int]
+    failures: dict[tuple[str, int], int]
 
-    def read_bits(self, row):
-        if self.failures.get(row.key, 0):
-            self.failures[row.key] -= 1
+    def _read(self, shard, offset, length):
+        if self.failures.get((shard.name, offset), 0):
+            self.failures[shard.name, offset] -= 1
             raise OSError(5, "Input/output error")
-        return super().read_bits(row)
+        return super()._read(shard, offset, length)
 
 
-def flaky(folder, failures) -> Flaky:
-    dataset = Flaky.open(folder)
-    dataset.failures = dict(failures)
+def flaky(folder, failures) -> Dataset:
+    """A dataset whose reads of the clips with these keys fail a number of times."""
+    dataset = Dataset.open(folder)
+    dataset._payloads = Flaky(storage.LocalStorage(folder))
+    dataset._payloads.failures = {
+        (info.name, row.offset): failures[row.key] for shard, info in enumerate(dataset.info.video_shards)
+        for row in dataset.rows(shard) if row.key in failures}
     return dataset
 
 
@@ -192,7 +198,7 @@ def test_a_read_that_fails_three_times_enters_the_skip_list_and_is_not_read_agai
     # The next reading would succeed, but what is skipped stays skipped: also after a resume, at its slot.
     (again,) = take(dataset, 1, state=plan_of(dataset).start().with_skips([key]))
     assert [s.draw.key for m in again.micro_batches for s in m.samples if not s.valid] == [key]
-    assert again.bad == [] and dataset.failures[key] == 0
+    assert again.bad == [] and set(dataset._payloads.failures.values()) == {0}
 
 
 def test_a_dataset_without_text_states_gives_token_ids(tmp_path):
@@ -272,7 +278,6 @@ def test_a_state_of_another_snapshot_is_refused_before_anything_is_read(folder):
 def test_the_ledger_proves_exactly_once_over_a_kill_and_a_resume_at_another_size(folder, tmp_path):
     dataset, path = Dataset.open(folder), tmp_path / "ledger.jsonl"
     plan = plan_of(dataset)
-    expected = {(0, row.key): 1 for s in range(SHARDS) for row in dataset.rows(s) if not held_out(row.key, 0.1)}
 
     def run(state, step, until, packs_per_step):
         with open_loader(dataset, plan, state, packs_per_step=packs_per_step) as steps:
@@ -284,22 +289,28 @@ def test_the_ledger_proves_exactly_once_over_a_kill_and_a_resume_at_another_size
 
     state, step = run(plan.start(), 0, lambda state, step: step == 2, 2)
     run(state, step, lambda state, step: step == 5, 2)  # lost: no checkpoint after it
-    assert not check_epoch(read_steps(path), 0, expected).exact
+    report = check_epoch(Ledger(path), plan, 0)
+    assert report.exact and not report.finished and report.steps == 5
     run(state, step, lambda state, step: state.epoch == 1, 4)
-    report = check_epoch(read_steps(path), 0, expected)
-    assert report.exact and report.expected == plan.visits_in_epoch(0)
-    first, *others = expected
-    report = check_epoch(read_steps(path), 0, dict.fromkeys([*others, (0, "stranger")], 1))
-    assert (report.missing, report.repeated) == (((0, "stranger"),), (first,))
+    report = check_epoch(Ledger(path), plan, 0)
+    assert report.exact and report.finished and report.visits == (plan.visits_in_epoch(0),)
+    keys = {draws.keys[i] for draws in Ledger(path).draws(0) for i in range(len(draws))}
+    assert keys == {row.key.encode() for s in range(SHARDS) for row in dataset.rows(s) if not held_out(row.key, 0.1)}
 
 
-def test_a_line_that_is_no_ledger_line_is_named(tmp_path):
+@pytest.mark.parametrize("line", [
+    '{"step": 1}', "", "step", '{"step":1,"snapshot":"a","epoch":0,"draws":[[0,"k"',
+    '{"step":1,"snapshot":"a","epoch":0,"draws":[[0,"k"]]}', '{"step":1,"snapshot":"a","epoch":0,"draws":[["k",0,0]]}',
+    '{"step":1,"snapshot":"a","epoch":0,"draws":[[0,"' + 33 * "k" + '",0]]}',
+    '{"step":1,"snapshot":"a","epoch":0,"draws":[[0,"\u00e4",0]]}',
+    '{"step":1,"snapshot":"a","epoch":0,"draws":[[99999999999999999999,"k",0]]}'])
+def test_a_line_that_is_no_ledger_line_is_named(tmp_path, line):
     path = tmp_path / "ledger.jsonl"
     record_step(path, 0, [Pack(0, 0, ())], "snapshot")
     with open(path, "a", encoding="utf-8") as file:
-        file.write('{"step": 1}\n')
+        file.write(f"{line}\n")
     with pytest.raises(UserError, match="ledger.jsonl:2: not a line of a ledger"):
-        read_steps(path)
+        list(Ledger(path).draws(0))
 
 
 PLAN = ["data.token_budget=128", "data.packs_per_step=4", "data.validation_fraction=0.1", "seed=3"]

@@ -218,11 +218,43 @@ def test_the_ledger_proves_what_the_mixture_says(folders, tmp_path, capsys):
     assert sum(part["visits"] for part in epochs[0]["datasets"]) == epochs[0]["visits"]
     assert show_ledger(ledger, as_json=True) == 0
     assert json.loads(capsys.readouterr().out)["epochs"] == epochs
+
+
+def test_a_ledger_tells_draws_that_are_missing_taken_again_and_not_of_the_plan(folders, tmp_path):
+    data, ledger = data_of(folders, 1, 2.5, 0.5), tmp_path / "ledger.jsonl"
+    write_ledger(tmp_path, data, epochs=2)
     lines = ledger.read_text().splitlines()
-    ledger.write_text("\n".join([*lines[1:], lines[1].replace('"step":1,', '"step":99,')]))
-    broken = check_ledger(ledger)
-    assert not broken[0]["exact"] and broken[0]["missing"] > 0 and broken[0]["repeated"] > 0
-    assert "WRONG" in next(ledger_lines(broken)) and show_ledger(ledger, as_json=False) == 1
+    second = json.loads(lines[1])["draws"]
+    # The first step is left out; the second is taken again in the last, with a strange sample and a strange index.
+    again = [[second[0][0], "stranger", 0], [1 << 39, *second[1][1:]], *second[2:]]
+    late = json.dumps({**json.loads(lines[1]), "step": 99, "draws": again}, separators=(",", ":"))
+    ledger.write_text("\n".join([*lines[1:], late]))
+    (broken, sound) = check_ledger(ledger)
+    first = json.loads(lines[0])["draws"]
+    assert sound["exact"] and not broken["exact"] and broken["finished"]
+    assert (broken["missing"], broken["repeated"], broken["foreign"]) == (len(first), len(second) - 2, 2)
+    assert {(d["draw"], d["key"], d["dataset"]) for d in broken["first_missing"]} <= set(map(tuple, first))
+    assert broken["first_repeated"][0] == {"draw": second[2][0], "dataset": second[2][2], "key": second[2][1],
+                                           "step": 99}
+    assert [d["key"] for d in broken["first_foreign"]] == ["stranger", second[1][1]]
+    shown = list(ledger_lines([broken]))
+    assert "WRONG" in shown[0] and f"  foreign: draw {second[0][0]}, sample stranger of dataset 0 in step 99" in shown
+    assert any("missing: and" in line for line in shown) == (len(first) > 10) and "data.window_shards" in shown[-1]
+    assert show_ledger(ledger, as_json=False) == 1
+
+
+def test_an_epoch_under_way_must_be_whole_up_to_the_window_it_has_come_to(folders, tmp_path):
+    write_ledger(tmp_path, data_of(folders, 1, 1, 1))
+    ledger = tmp_path / "ledger.jsonl"
+    lines = ledger.read_text().splitlines(keepends=True)
+    ledger.write_text("".join(lines[:-1]))
+    (epoch,) = check_ledger(ledger)
+    assert epoch["exact"] and not epoch["finished"] and "so far" in next(ledger_lines([epoch]))
+    ledger.write_text("".join(lines[1:-1]))
+    (epoch,) = check_ledger(ledger)
+    assert not epoch["exact"] and not epoch["finished"] and epoch["missing"] == len(json.loads(lines[0])["draws"])
+    ledger.write_text("")
+    assert check_ledger(ledger) == []
 
 
 def test_a_ledger_of_one_dataset_follows_it_to_another_folder(folders, tmp_path):

@@ -192,8 +192,7 @@ def test_after_a_failed_read_the_file_is_opened_anew(folder, monkeypatch):
         raise OSError(errno.ESTALE, "Stale file handle")
 
     monkeypatch.setattr(os, "preadv", stale)
-    with pytest.raises(OSError, match="Stale"):
-        dataset.read_bits(row)
+    dataset.read_bits(row)
     flip_byte(folder / "video-000000.tar", row.offset)
     with pytest.raises(CorruptSample):
         dataset.read_bits(row)

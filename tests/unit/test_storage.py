@@ -17,6 +17,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from grn_scale import storage as storage_module
 from grn_scale.config import load_config
 from grn_scale.data import block_cache, payloads
 from grn_scale.data.block_cache import Block, DiskBlocks
@@ -49,6 +50,8 @@ class ObjectStore(MemoryFileSystem):
 def url(monkeypatch):
     """Empty folder in an object store."""
     fsspec.register_implementation("objects", ObjectStore, clobber=True)
+    monkeypatch.setattr(storage_module, "OBJECT_STORES", {"objects"})
+    monkeypatch.setattr(storage_module, "RETRY_SECONDS", ())
     monkeypatch.setattr(ObjectStore, "store", {})
     monkeypatch.setattr(ObjectStore, "pseudo_dirs", [""])
     monkeypatch.setattr(ObjectStore, "failures", [])
@@ -108,18 +111,68 @@ def test_a_storage_is_found_by_path_and_url_and_travels_to_other_processes(tmp_p
         Storage.of(location).write_bytes("a", b"1")
         # our own bytes, of this process: worker processes receive a storage this way
         assert pickle.loads(pickle.dumps(Storage.of(location))).read("a") == b"1"
-    with pytest.raises(UserError, match="nothing://x cannot be opened"):
-        Storage.of("nothing://x")
+    assert Storage.of(f"local://{tmp_path}").folder == tmp_path
 
 
-def test_whatever_a_remote_store_raises_is_an_os_error(url):
+@pytest.mark.parametrize("url, message", [
+    ("nothing://x", "nothing://x cannot be opened: Protocol not known: nothing"),
+    ("absent://x", "absent://x cannot be opened: .*no_such_driver.*install the package"),
+])
+def test_a_url_that_cannot_be_opened_is_a_configuration_error(url, message):
+    fsspec.register_implementation("absent", "no_such_driver.FileSystem", clobber=True,
+                                   errtxt="install no_such_driver for absent://")
+    with pytest.raises(ConfigError, match=message):
+        Storage.of(url)
+
+
+def test_a_missing_driver_names_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "paramiko", None)  # as if it were not installed
+    with pytest.raises(ConfigError, match="sftp://host/tokens cannot be opened: .*; pip install 'paramiko'"):
+        Storage.of("sftp://host/tokens")
+
+
+def test_a_client_that_cannot_start_is_one_message():
+    class Unreachable(MemoryFileSystem):
+        def __init__(self, **options):
+            raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")
+
+    fsspec.register_implementation("unreachable", Unreachable, clobber=True)
+    with pytest.raises(UserError, match="unreachable://x cannot be opened: ConnectionRefusedError.*see to the server"):
+        Storage.of("unreachable://x")
+
+
+def test_a_file_server_is_read_and_not_written_to(url, monkeypatch):
+    make_dataset(url)
+    monkeypatch.setattr(storage_module, "OBJECT_STORES", {"s3"})
+    storage = Storage.of(url)
+    for write in (lambda: storage.write_bytes("a", b""), lambda: storage.create("a", b"")):
+        with pytest.raises(ConfigError, match="tokens can be read but not written to.*mount it as a folder"):
+            write()
+    assert not storage.exists("a")
+    check_all(Dataset.open(url))
+
+
+def test_whatever_a_remote_store_raises_is_an_os_error_that_names_the_file(url):
     storage = Storage.of(url)
     storage.write_bytes("a", b"1")
-    ObjectStore.failures[:] = [RuntimeError("throttled"), TimeoutError("slow"), PermissionError(errno.EACCES, "no")]
-    for message in ("cannot read objects://bucket/tokens/a: RuntimeError.*throttled", "slow", "no"):
-        with pytest.raises(OSError, match=message):
+    where = "objects://bucket/tokens/a"
+    for failure, kind, message in (
+            (RuntimeError("throttled"), OSError, f"cannot read {where}: RuntimeError.*throttled"),
+            (TimeoutError("slow"), TimeoutError, f"slow.*{where}"),
+            (PermissionError("Access Denied"), PermissionError, f"Access Denied.*{where}"),
+            (FileNotFoundError("no bucket"), FileNotFoundError, f"no bucket.*{where}"),
+            (OSError(errno.EBUSY, "SlowDown"), OSError, f"SlowDown.*{where}"),
+            (OSError("Forbidden"), OSError, f"cannot read {where}.*Forbidden")):
+        ObjectStore.failures[:] = [failure]
+        with pytest.raises(kind, match=message) as caught:
             storage.read_range("a", 0, 1)
+        assert caught.value.__cause__ is failure
     assert storage.read_range("a", 0, 1) == b"1"
+
+
+def test_no_bytes_are_no_request(url):
+    Storage.of(url).write_bytes("a", b"1")
+    assert Storage.of(url).read_range("a", 0, 0) == b"" and ObjectStore.reads == 0
 
 
 def test_a_full_disk_under_an_upload_is_one_clear_error(url, monkeypatch):

@@ -1,0 +1,96 @@
+"""A run's state on its way into checkpoints and out of them: weights, optimizer, moving average and data position."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from grn_scale import __version__
+from grn_scale.checkpoint.background import BackgroundSaver
+from grn_scale.checkpoint.checkpoint import load_checkpoint, read_state, section_names
+from grn_scale.checkpoint.layout import newest_complete
+from grn_scale.checkpoint.ranks import Ranks
+from grn_scale.checkpoint.resume_line import layout_of, resume_line
+from grn_scale.checkpoint.staging import staging_bytes
+from grn_scale.config.load import to_dict
+from grn_scale.config.schema import Config
+from grn_scale.data.schema import DatasetInfo
+from grn_scale.data.state import DataState
+from grn_scale.parallel import groups
+from grn_scale.train.loop import Position
+
+if TYPE_CHECKING:  # importing it loads megatron-core, which has to wait for `parallel.groups.start`
+    from grn_scale.parallel.engine import TrainEngine
+
+log = logging.getLogger(__name__)
+
+
+def restore(engine: TrainEngine, checkpoint: Path | None, data: DataState) -> Position:
+    """Where the checkpoint stands, after filling the engine from it; the start of everything for None. One line of the
+    log says from what, and what was left out.
+
+    data: where the sample stream goes on.
+
+    A checkpoint without optimizer state (as `grn-scale convert` makes it) gives the weights that training starts from,
+    and their moving average where it holds one.
+    """
+    if checkpoint is None:
+        return Position(0, 0, data, 0)
+    saved, there = read_state(checkpoint), section_names(checkpoint)
+    whole_state = "updates" in saved
+    sections = engine.restore_chunks(saved["updates"] if whole_state else 0)
+    if not whole_state:
+        sections = {name: chunks for name, chunks in sections.items() if name in there}
+    left_out = [f"{name} (this run keeps none)" for name in there if name not in sections]
+    if engine.averages and "ema" not in there:
+        left_out.append("ema (the checkpoint holds none: it starts from the weights)")
+        sections.pop("ema", None)
+    load_checkpoint(checkpoint, sections, groups.host())
+    engine.finish_restore(restart_average="ema" not in sections)
+    if not whole_state:
+        log.info("starting from the weights of %s at step 0; not restored: %s", checkpoint, ", ".join(
+            ["optimizer state", "data position", *left_out]))
+        return Position(0, 0, data, 0)
+    log.info(resume_line(checkpoint, saved, layout_of(engine.config, torch.distributed.get_world_size()), left_out))
+    return Position(saved["step"], saved["samples_seen"], data, saved.get("batches", saved["step"]))
+
+
+def restore_newest(saver: BackgroundSaver, engine: TrainEngine, config: Config) -> int | None:
+    """Fill the engine from the run's newest complete checkpoint and return its step; None where there is none."""
+    saver.wait()
+    checkpoint = newest_complete(Path(config.output), ranks=Ranks(groups.host()))
+    if checkpoint is None:
+        return None
+    return restore(engine, checkpoint, DataState.from_dict(read_state(checkpoint)["data"])).step
+
+
+def reserve_host_memory(saver: BackgroundSaver, engine: TrainEngine) -> None:
+    """Allocate what background saves need now, so that the first of them does not keep training waiting."""
+    sections = engine.state_chunks()
+    size = staging_bytes(sections)
+    if engine.config.optimizer.name == "adamw" and not sections["optimizer"]:  # both moments come with the first step
+        size += 2 * staging_bytes({"model": sections["model"]})
+    saver.reserve(size)
+
+
+def save_state(saver: BackgroundSaver, engine: TrainEngine, info: DatasetInfo, config: Config,
+               position: Position) -> float:
+    """Save a checkpoint, in the background unless train.background_save is off; samples that any process could not read
+    enter the skip list of all. Seconds that the last finished one took to write."""
+    data = position.data
+    for skip in groups.gather_objects(data.skip):
+        data = data.with_skips(skip)
+    saver.save(position.step, engine.state_chunks(), {
+        "step": position.step, "samples_seen": position.samples_seen, "batches": position.batches,
+        "updates": engine.updates,
+        "data": data.to_dict(), "config": to_dict(config),
+        "layout": layout_of(config, torch.distributed.get_world_size()),
+        "dataset": {"tokenizer_fingerprint": info.tokenizer_fingerprint, "text_fingerprint": info.text_fingerprint,
+                    "fps": info.fps},
+        "versions": {"grn_scale": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    })
+    return saver.write_seconds
