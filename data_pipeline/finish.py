@@ -4,8 +4,8 @@ One task of the fleet does it, the others see from a small file that it is done 
 
     finished.json     {records: fingerprint, snapshot: of dataset.json, quarantined: {reason: manifest lines}}
 
-It stands only while dataset.json and quarantine.jsonl are what these records give. Where two processes write them all
-the same, they write the same bytes.
+It stands only while dataset.json and quarantine.jsonl are what these records give: who rewrites the quarantine, or
+finds files of the dataset missing, removes it. Where two processes write them all the same, they write the same bytes.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from grn_scale.data.dataset_info import read_dataset_info, write_dataset
 from grn_scale.data.index_parts import INDEX_FOLDER
 from grn_scale.data.schema import DatasetInfo, ShardInfo, TextRef
 from grn_scale.data_pipeline.job import Job
-from grn_scale.data_pipeline.leases import Leases
+from grn_scale.data_pipeline.leases import ClaimLost, Leases
 from grn_scale.data_pipeline.records import Records
 from grn_scale.data_pipeline.repeats import without_repeats
 from grn_scale.errors import UserError
@@ -44,6 +44,10 @@ class Finished:
     info: DatasetInfo
     quarantined: Mapping[str, int]
     """Reason -> manifest lines that gave no sample."""
+
+
+class UnfinishedChunks(UserError):
+    """Chunks have no record that can be used, or files that their records name are not there whole."""
 
 
 def finished(job: Job, records: Records) -> Finished | None:
@@ -70,23 +74,38 @@ def finished(job: Job, records: Records) -> Finished | None:
 def finished_before(job: Job, records: Records, retry: bool) -> Finished | None:
     """The dataset of a job on which nothing is left to do, its files there whole; else None.
 
-    retry: some of its chunks are to be made again.
+    retry: some of its chunks are to be made again. Where files are missing, no task of the fleet takes the dataset for
+    finished until one has looked at all files again.
     """
-    if retry or any(name.passing for name in records.finished(job.digests)):
-        return None
     found = finished(job, records)
-    return found if found and _is_whole(job.storage, found.info) else None
+    if found and not _is_whole(job.storage, found.info):
+        log.warning("files of the finished dataset in %s are missing or not whole: their chunks are made again",
+                    job.storage.location)
+        job.storage.delete(FINISHED_FILE)
+        return None
+    return None if retry else found
 
 
-def finish_once(job: Job, records: Records, texts: TextTokenizer, leases: Leases) -> Finished:
-    """The finished dataset, put together by one task of the fleet; the others wait for it. Raises as `finish` does."""
+def finish_once(job: Job, records: Records, texts: TextTokenizer, leases: Leases) -> Finished | None:
+    """The finished dataset, put together by one task of the fleet; the others wait for it.
+
+    None where chunks are to be made again, as files of theirs turned out to be missing: their records are gone then.
+    Raises as `finish` does, and UserError where another job has begun in the folder.
+    """
     pause = SHORTEST_PAUSE_SECONDS
     while (found := finished(job, records)) is None:
         if leases.claim(LEASE):
             try:
                 job.check_generation()
                 records.refresh()  # and another may have finished it between the look and the claim
-                return finished(job, records) or _finish_all(job, records, texts)
+                return finished(job, records) or _finish_all(job, records, texts, leases)
+            except UnfinishedChunks as error:
+                log.warning("%s", error)
+                records.drop_incomplete()
+                return None
+            except ClaimLost:
+                log.warning("another process puts the dataset together by now, as this one was not heard of for too "
+                            "long; what was made of it here is dropped")
             finally:
                 leases.release(LEASE)
         time.sleep(pause)
@@ -94,11 +113,16 @@ def finish_once(job: Job, records: Records, texts: TextTokenizer, leases: Leases
     return found
 
 
-def _finish_all(job: Job, records: Records, texts: TextTokenizer) -> Finished:
+def _finish_all(job: Job, records: Records, texts: TextTokenizer, leases: Leases) -> Finished:
+    def confirm() -> None:
+        job.check_generation()
+        leases.check(LEASE)
+
     quarantined = write_quarantine(job, records)
-    info = finish(job, records, texts)
+    info = finish(job, records, texts, confirm)
     values = {"records": records.fingerprint(job.digests), "snapshot": info.snapshot,
               "quarantined": dict(sorted(quarantined.items()))}
+    confirm()
     job.storage.write_bytes(FINISHED_FILE, f"{json.dumps(values, indent=1)}\n".encode())
     return Finished(info, quarantined)
 
@@ -136,29 +160,33 @@ def warn_of_quarantined(job: Job, reasons: Mapping[str, int]) -> None:
                     job.storage / QUARANTINE_FILE)
 
 
-def finish(job: Job, records: Records, texts: TextTokenizer) -> DatasetInfo:
-    """Write the index of all finished chunks and dataset.json. UserError where no line of the manifest gave a sample.
+def finish(job: Job, records: Records, texts: TextTokenizer, confirm: Callable[[], None] = lambda: None) -> DatasetInfo:
+    """Write the index of all finished chunks and dataset.json.
 
-    A clip that stands in several chunks is in the index once, at its first place, with the captions of all.
+    A clip that stands in several chunks is in the index once, at its first place, with the captions of all. confirm:
+    called when dataset.json is about to appear; if it raises, it does not. UserError where no line of the manifest gave
+    a sample, UnfinishedChunks where some are not finished or files of theirs are missing.
     """
     names = records.finished(job.digests)
     missing = len(job.chunks) - len(names)
     clips: list[ShardInfo] = []
     captions: list[ShardInfo] = []
-    for record in records.read_all(names):
+    for record in records.read_whole(names):
         if record is None:
             missing += 1
             continue
         clips += [record.video] if record.video else []
         captions += [record.text] if record.text else []
     if missing:
-        raise UserError(f"{missing} of {len(job.chunks)} chunks are not finished; run the same command again")
+        raise UnfinishedChunks(f"{missing} of {len(job.chunks)} chunks are not finished, or files of theirs are "
+                               "missing; run the same command again")
     empty_text = TextRef(text_key("", texts.fingerprint), len(texts.token_ids("")), captions[0].name)
     videos, repeated = without_repeats(job.storage, clips, empty_text.tokens)
     if repeated:
         log.info("%d clips stand in more than one chunk of the manifest; each is in the index once", repeated)
     if not videos:
         raise UserError(f"no line of {job.manifest} gives a sample; see {job.storage / QUARANTINE_FILE}")
+    confirm()
     return write_dataset(job.storage, DatasetInfo(
         format_version=0, tokenizer_fingerprint=job.video.tokenizer, latent_channels=job.video.latent_channels,
         rounds=job.video.rounds, text_fingerprint=job.text.fingerprint, text_hidden_size=job.text.hidden_size,

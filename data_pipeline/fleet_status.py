@@ -111,7 +111,8 @@ class Workers:
 
 
 class FleetStatus:
-    """The status as this task keeps it, or finds it where another does. `latest` is what is known of it."""
+    """The status as this task keeps it, or finds it where another does. `latest` is what is known of it, as
+    `fleet_status` gives it."""
 
     def __init__(self, job: Job, records: Records, leases: Leases, began: float) -> None:
         """began: Unix time; workers that have not been heard of since do not count."""
@@ -119,6 +120,7 @@ class FleetStatus:
         self._workers = Workers(job.storage)
         self._keeps = self._checked = False
         self._found: bytes | None = None
+        self._told = False  # by another task, since this one began
         self.latest: dict[str, Any] = fleet_status(job, records)
 
     def refresh(self, state: str) -> None:
@@ -139,7 +141,9 @@ class FleetStatus:
                 self._leases.release(LEASE)
             else:
                 self._records.refresh()
-                self.latest |= progress(self._job, self._records)
+                # Where nobody has told of the workers, as the claim is a dead task's, this one looks by itself.
+                self.latest = (self.latest | progress(self._job, self._records) if self._told else
+                               fleet_status(self._job, self._records, self._workers.look(self._began)))
         except OSError as error:
             log.warning("the end of the display: %s", error)
 
@@ -159,13 +163,15 @@ class FleetStatus:
         return self._keeps
 
     def _read(self) -> bytes:
+        """What the file holds, b"" where it is none of this release. What a former run left there is not believed."""
         try:
             data = self._job.storage.read(STATUS_FILE)
             found = json.loads(data)
-            if found.keys() >= self.latest.keys():
-                self.latest = found
+            if found["written"] >= self._began:
+                self.latest = {name: found[name] for name in self.latest}
+                self._told = True
             return data
-        except (FileNotFoundError, ValueError, AttributeError) as error:
+        except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
             log.debug("%s: %s", STATUS_FILE, error)
             return b""
 

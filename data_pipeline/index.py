@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from grn_scale.data.loader import check_step_size
 from grn_scale.data.mixture import Mixture
 from grn_scale.data.packing import Cost, assign
 from grn_scale.data.plan import Plan
+from grn_scale.data.ramp import packs_of_step
 from grn_scale.data_pipeline.index_build import run_build
 from grn_scale.data_pipeline.index_gc import run_gc
 from grn_scale.data_pipeline.index_merge import run_merge
@@ -29,19 +30,23 @@ from grn_scale.errors import ConfigError
 from grn_scale.parallel.dims import Coordinate, Dims
 
 
-def steps_of_plan(plan: Plan, packs_per_step: int, ranks: int, cost: Cost, steps: range) -> Iterator[dict[str, Any]]:
+def steps_of_plan(plan: Plan, packs_of: Callable[[int], int], ranks: int, cost: Cost,
+                  steps: range) -> Iterator[dict[str, Any]]:
     """For each step its global batch as plain values: samples, lengths and cost (training FLOPs) by data-parallel
     rank and pack, in micro-batch order; fill of the packs that are not empty; cost of the busiest rank over the mean.
+
+    packs_of: packs that a step takes.
     """
-    state = plan.state_at(steps.start, packs_per_step, functools.partial(_tracked, windows=plan.windows))
+    state = plan.state_at(steps.start, packs_of, functools.partial(_tracked, windows=plan.windows))
     for step in steps:
-        packs, after = plan.next_step(state, packs_per_step)
+        packs, after = plan.next_step(state, packs_of(step))
         costs = [cost.of(draw.tokens for draw in pack.draws) for pack in packs]
         by_rank = assign(costs, ranks)
         loads = [sum(costs[i] for i in mine) for mine in by_rank]
         full = [pack.tokens for pack in packs if pack.draws]
         yield {
-            "step": step, "epoch": state.epoch, "fill": sum(full) / (len(full) * plan.token_budget),
+            "step": step, "epoch": state.epoch, "packs": len(packs),
+            "fill": sum(full) / (len(full) * plan.token_budget),
             "max_over_mean_cost": max(loads) * ranks / sum(loads),
             "ranks": [{"rank": rank, "cost": loads[rank], "packs": [
                 {"position": packs[i].position, "tokens": packs[i].tokens, "cost": costs[i], "samples": [
@@ -72,7 +77,7 @@ def plan_document(mixture: Mixture, config: Config, world_size: int, steps: rang
                          for number, (dataset, visits) in enumerate(zip(mixture.datasets, mixture.visits))],
             "world_size": world_size, "data_parallel_size": dims.data,
             "processes": [dims.pack_group(dims.rank(Coordinate(0, 0, rank, 0))) for rank in range(dims.data)],
-            "steps": list(steps_of_plan(plan, data.packs_per_step, dims.data, cost, steps))}
+            "steps": list(steps_of_plan(plan, functools.partial(packs_of_step, data), dims.data, cost, steps))}
 
 
 def _tracked(walk: Iterator, windows: int) -> Iterable:
@@ -91,7 +96,7 @@ def render(document: dict[str, Any]) -> str:
               f"{part['visits_of_an_image']:.4g}, of a video {part['visits_of_a_video']:.4g}"
               for number, part in enumerate(document["datasets"])]
     for step in document["steps"]:
-        lines.append(f"step {step['step']}  epoch {step['epoch']}  fill {step['fill']:.1%}  "
+        lines.append(f"step {step['step']}  epoch {step['epoch']}  {step['packs']} packs  fill {step['fill']:.1%}  "
                      f"busiest rank / mean cost {step['max_over_mean_cost']:.3f}")
         for rank in step["ranks"]:
             for pack in rank["packs"]:

@@ -9,15 +9,16 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from grn_scale.config.data_schema import TokenizeConfig
-from grn_scale.data.dataset_info import DATASET_FILE, read_dataset_info, snapshots
 from grn_scale.data.manifest_chunks import ManifestChunk, chunk_manifest
 from grn_scale.data_pipeline.chunks import VideoSettings, digest
 from grn_scale.data_pipeline.encode_texts import TextSettings
@@ -49,8 +50,6 @@ class Job:
     """Of each chunk: its lines and the settings."""
     environment: Environment
     """That the folder's shards are made in."""
-    kept_shards: frozenset[str]
-    """Tars that states of the finished dataset refer to and that are there whole: they are not written again."""
 
     @property
     def lines(self) -> int:
@@ -73,10 +72,15 @@ class Job:
         """UserError where this process, with the environment `current`, would make other bytes than the job's."""
         _refuse_other(self.storage, self.environment, current)
 
-    def shard_name(self, family: str, number: int, made_from: list[Any]) -> str:
-        """Name of a new shard of a chunk: video-000012.tar, with a hash where that is in use by a finished dataset."""
-        plain = f"{family}-{number:06d}.tar"
-        return plain if plain not in self.kept_shards else f"{family}-{number:06d}-{digest(made_from)[:8]}.tar"
+    def shard_name(self, family: str, number: int, made_from: str, attempt: int, taken: Callable[[str], bool]) -> str:
+        """Name of a new shard of a chunk: video-000012.tar at the first attempt (0), with a hash at later ones.
+
+        made_from: digest of what goes into the shard. taken: whether a record or a state of the dataset refers to the
+        tar of a name; then it is the next attempt's, so that what anybody may read is never written over.
+        """
+        names = (f"{family}-{number:06d}{f'-{digest([made_from, later])[:8]}' if later else ''}.tar"
+                 for later in itertools.count(attempt))
+        return next(name for name in names if not taken(name))
 
 
 def open_job(storage: Storage, manifest: Path, config: TokenizeConfig, video: VideoSettings, text: TextSettings,
@@ -89,7 +93,7 @@ def open_job(storage: Storage, manifest: Path, config: TokenizeConfig, video: Vi
     chunks = _chunks(storage, manifest, config.shard_samples, leases)
     common = [str(manifest.parent), dataclasses.asdict(video), dataclasses.asdict(text), config.allow_empty_captions]
     digests = tuple(digest([chunk.sha256, *common]) for chunk in chunks)
-    return Job(storage, manifest, chunks, video, text, digests, environment, _kept_shards(storage))
+    return Job(storage, manifest, chunks, video, text, digests, environment)
 
 
 def begin_generation(job: Job) -> None:
@@ -120,6 +124,11 @@ def claim_folder(storage: Storage, video: VideoSettings, shard_samples: int, tex
     _check_same(storage, found, values)
     if accepted_by and found.get("accepted_by") != accepted_by:
         _accept(storage, found, environment, accepted_by)
+    elif accepted_by and (changed := differences(found["environment"], environment)):
+        raise UserError(f"output: {accepted_by} has accepted an environment for {storage.location} already, that of "
+                        f"its first process, and this one has another ({changed}); a command, and so all tasks of a "
+                        "Slurm job or array, makes its chunks in one: choose machines that are alike, or accept the "
+                        "other environment from another Slurm job")
     else:
         _refuse_other(storage, found["environment"], environment)
     return found["text_states"]
@@ -212,17 +221,3 @@ def _read_cut(storage: Storage, stamp: list[Any] | None) -> tuple[ManifestChunk,
     except (ValueError, KeyError, TypeError) as error:
         log.warning("%s cannot be used (%r): the manifest is cut again", storage / MANIFEST_FILE, error)
     return None
-
-
-def _kept_shards(storage: Storage) -> frozenset[str]:
-    names: set[str] = set()
-    sizes = storage.sizes()
-    for snapshot in snapshots(storage) if storage.exists(DATASET_FILE) else ():
-        try:
-            info = read_dataset_info(storage, snapshot)
-        except UserError as error:
-            log.warning("a former state of the dataset cannot be read, and its shards may be made anew: %s", error)
-            continue
-        names.update(shard.name for shard in (*info.video_shards, *info.text_shards)
-                     if sizes.get(shard.name) == shard.bytes)
-    return frozenset(names)

@@ -22,7 +22,7 @@ import uuid
 from types import TracebackType
 
 from grn_scale.errors import UserError
-from grn_scale.storage import Storage
+from grn_scale.storage import PASSING, Storage
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,8 @@ class Leases:
             self.release(name)
 
     def claim(self, name: str) -> bool:
-        """Whether the piece of work called `name` is now this process's. False too where the storage fails."""
+        """Whether the piece of work called `name` is now this process's. False too where the storage has a fault that
+        may pass. OSError or UserError where no claim can be made: no right to write there, a full disk."""
         if name in self._held:
             return False
         path = FOLDER + name
@@ -71,13 +72,16 @@ class Leases:
             if self._storage.exists(path):  # much cheaper than to try a creation that fails
                 if not self._left_behind(name, self._storage.read(path)):
                     return False
-                log.info("taking over %s from a process that is gone", name)
+                log.info("taking over the claim of %s, which was left behind", name)
                 self._storage.write_bytes(path, self._claim())
             elif not self._storage.create(path, self._claim()):
                 return False
+        except FileNotFoundError:
+            return False  # given back while we looked
         except OSError as error:
-            # Given back or renewed while we looked, or the file system is at odds with itself: the next look tells.
-            log.debug("%s: %s", path, error)
+            # Of a fault that may pass, the storage has warned at each of its attempts; the next look tells.
+            if error.errno is not None and error.errno not in PASSING:
+                raise
             return False
         with self._lock:
             self._held.add(name)
@@ -119,6 +123,8 @@ class Leases:
         """Whether the holder of a claim with this content is gone."""
         try:
             holder = json.loads(current)
+            if holder["owner"] == self._holder["owner"]:
+                return True  # made, or not removed, in an attempt that was answered with a fault
             if holder["processes"] == self._holder["processes"]:
                 return _process_start(holder["pid"]) != holder["process_start"]
         except (ValueError, KeyError, TypeError) as error:

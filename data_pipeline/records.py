@@ -59,7 +59,7 @@ class RecordName(str):
 
     @property
     def retries(self) -> int:
-        """Times that clips which had failed were tried again."""
+        """Times that the chunk was made again for clips that had failed or were missing."""
         return int(self._parts[2])
 
     @property
@@ -95,9 +95,10 @@ class ChunkRecord:
     digest: str
     """Of the chunk's manifest lines and the settings."""
     retries: int
-    """Times that clips which had failed were tried again."""
+    """Times that the chunk was made again for clips that had failed or were missing."""
     bad: Sequence[Mapping[str, Any]]
-    """For each line without a sample: line, id, path, key, reason, detail. One line of quarantine.jsonl each."""
+    """For each line without a sample: line, id, path, member (of a tar), key, reason, detail. One line of
+    quarantine.jsonl each."""
     failed: Mapping[str, str]
     """Key -> reason of the clips that could not be decoded; tokenizing again leaves them out."""
     video_from: str
@@ -174,18 +175,25 @@ class Records:
         names = self.all()
         if not names:
             return
+        for name, record in zip(names, self.read_whole(names)):
+            if record is None:
+                self._storage.delete(name)
+                with self._lock:
+                    self._forget(name)
+
+    def read_whole(self, names: Sequence[RecordName]) -> Iterator[ChunkRecord | None]:
+        """What the records of these names say, in order; None for those that cannot be used, and for those whose shards
+        or index parts are missing or cut off, which a warning says. Lists all shards. OSError where the storage fails.
+        """
         # Listed after the records: what a record names was there before it.
         sizes, parts = self._storage.sizes(), set(self._storage.names(INDEX_FOLDER))
-        for name, record in zip(names, self.read_all(names)):
-            if record is not None:
-                missing = [shard.name for shard in record.shards if sizes.get(shard.name) != shard.bytes]
-                missing += [part for shard in record.shards if (part := INDEX_FOLDER + shard.part) not in parts]
-                if not missing:
-                    continue
+        for record in self.read_all(names):
+            shards = record.shards if record else ()
+            missing = [shard.name for shard in shards if sizes.get(shard.name) != shard.bytes]
+            missing += [part for shard in shards if (part := INDEX_FOLDER + shard.part) not in parts]
+            if missing:
                 log.warning("%s is missing or not whole: its chunk is made again", self._storage / missing[0])
-            self._storage.delete(name)
-            with self._lock:
-                self._forget(name)
+            yield None if missing else record
 
     def all(self) -> list[RecordName]:
         """Names of all records, also those made from other lines or settings."""

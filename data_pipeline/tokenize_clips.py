@@ -45,7 +45,7 @@ from grn_scale.data_pipeline.fleet_status import fleet_status, shown
 from grn_scale.data_pipeline.job import Job, begin_generation, claim_folder, open_job
 from grn_scale.data_pipeline.leases import Leases
 from grn_scale.data_pipeline.records import Records
-from grn_scale.data_pipeline.retries import ask_for_retry, asked_for
+from grn_scale.data_pipeline.retries import ask_for_retry, ask_for_returned, asked_for
 from grn_scale.data_pipeline.settings import text_settings, video_settings
 from grn_scale.errors import ConfigError
 from grn_scale.storage import LocalStorage, Storage
@@ -58,7 +58,8 @@ log = logging.getLogger(__name__)
 def tokenize(config: Config, *, retry_quarantined: bool = False, accept_environment: bool = False) -> dict[str, Any]:
     """Make the dataset that `config` describes in the folder `config.output`; a summary as plain values.
 
-    retry_quarantined: make shards anew that lack a clip whose decoding failed, once for all tasks of a Slurm job.
+    retry_quarantined: make shards anew that lack a clip whose decoding failed, once for all tasks of a Slurm job
+    (see `_command`).
     accept_environment: where finished chunks were made with other libraries or on another device, keep them and make
     the rest here; workers that still run there stop.
 
@@ -93,14 +94,19 @@ def tokenize(config: Config, *, retry_quarantined: bool = False, accept_environm
         records = Records(storage)
         records.refresh()
         before = set(records.finished(job.digests))
-        if retry_quarantined and not ask_for_retry(storage, command, before):
-            log.info("this Slurm job has asked before for what failed to be decoded again: it is not tried twice")
-        done = finished_before(job, records, retry=not before.isdisjoint(asked_for(storage)))
+        ask_for_returned(storage, command, records, before, leases)
+        first = retry_quarantined and ask_for_retry(storage, command, before)
+        to_retry = asked_for(storage)
+        left = sum(name.failed for name in before - to_retry)
+        if retry_quarantined and left and not first:
+            log.warning("%d clips that failed to decode are not tried again: %s has asked for that before, and one "
+                        "Slurm job or array does so once; give --retry-quarantined in another one", left, command)
+        done = finished_before(job, records, retry=not before.isdisjoint(to_retry))
         status = fleet_status(job, records)
-        if done is None:
+        while done is None:  # again where files of finished chunks turn out to be missing at the end
             try:
                 with shown(job, records, leases, began) as fleet:
-                    before = set(records.finished(job.digests))  # those whose shards are gone have been dropped
+                    before &= set(records.finished(job.digests))  # those whose shards are gone have been dropped
                     run_workers(config, _worker_name(), records)
             except BaseException:  # whatever ends the job, also Ctrl-C: what is known of bad lines is written down
                 quarantine_unfinished(job, records, leases)
@@ -126,9 +132,15 @@ def _device() -> str:
 
 
 def _command() -> str:
-    """Names this command: all tasks of a Slurm job or array, whenever they start, are one; else each process is."""
-    job = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID")
-    return f"slurm-{job}" if job else uuid.uuid4().hex
+    """Names this command. All tasks of a batch job or array are one, whenever they start, also after a requeue; in an
+    interactive allocation, in which people give many commands, those of one srun are, and else each process is."""
+    slurm = {name.removeprefix("SLURM_"): value for name, value in os.environ.items() if name.startswith("SLURM_")}
+    job = slurm.get("ARRAY_JOB_ID") or slurm.get("JOB_ID")
+    if job and ("ARRAY_JOB_ID" in slurm or os.environ.get("ENVIRONMENT") == "BATCH"):  # which Slurm sets for sbatch
+        return f"slurm-{job}"
+    if job and slurm.get("STEP_NUM_TASKS", "1") != "1":  # a shell in a step of its own (srun --pty) is one task
+        return f"slurm-{job}-{slurm.get('STEP_ID')}"
+    return uuid.uuid4().hex
 
 
 def _worker_name() -> str:
@@ -162,7 +174,7 @@ def main(argv: list[str]) -> int:
         schema=SCHEMAS)
     parser.add_argument("--retry-quarantined", action="store_true",
                         help="decode clips again that failed in an earlier run (their whole shards are made anew); "
-                        "once for all tasks of a Slurm job or array")
+                        "once for all tasks of a Slurm batch job or array, or of one srun")
     parser.add_argument("--accept-environment", action="store_true",
                         help="go on with other libraries, GPU, CPU or threads than the finished chunks were made with: "
                         "they stay, the rest is made here, and workers of the former environment stop")

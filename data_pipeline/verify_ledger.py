@@ -30,7 +30,7 @@ def check_ledger(path: Path, folder: str = "") -> list[dict[str, Any]]:
 
     folder: where the dataset lies now, for a run on one dataset. The newest epoch may be unfinished: it must be whole
     up to the window that it has come to. Raises UserError or ConfigError where the ledger, the run's config.yaml
-    beside it, or an index cannot be read.
+    beside it, or an index cannot be read, and where the ledger has no steps, or none of an epoch between others.
     """
     data, seed = _settings(path.with_name("config.yaml"))
     if folder and not data.mixture:
@@ -38,7 +38,7 @@ def check_ledger(path: Path, folder: str = "") -> list[dict[str, Any]]:
     ledger = Ledger(path)
     plans: dict[str, Plan] = {}
     found = []
-    for epoch in ledger.epochs:
+    for epoch in _epochs(ledger):
         snapshot = _snapshot_of(ledger, epoch)
         if snapshot not in plans:
             plans[snapshot] = Plan.of(Mixture.open(data, snapshot, check_files=False), data, seed)
@@ -90,6 +90,21 @@ def _settings(path: Path) -> tuple[DataConfig, int]:
         raise UserError(f"{path} does not say the data section and the seed of the run: give a ledger that lies beside "
                         "its run's config.yaml")
     return build(DataConfig, values["data"], "data."), values["seed"]
+
+
+def _epochs(ledger: Ledger) -> list[int]:
+    """From the first to the newest. UserError where there is none, or one between them has no steps."""
+    epochs = ledger.epochs
+    if not epochs:
+        raise UserError(f"the ledger {ledger.path} has no steps, and so proves nothing: give the file that a training "
+                        "run with data.ledger=true wrote")
+    missing = sorted({*range(epochs[0], epochs[-1])} - {*epochs})
+    if missing:
+        which = " and ".join(map(str, missing))
+        raise UserError(f"the ledger {ledger.path} has no step of {'epoch' if len(missing) == 1 else 'the epochs'} "
+                        f"{which}, but steps of epoch {epochs[0]} and of epoch {epochs[-1]}: a run takes each epoch in "
+                        "turn, so lines are lost; give the whole file")
+    return epochs
 
 
 def _snapshot_of(ledger: Ledger, epoch: int) -> str:

@@ -47,6 +47,7 @@ from grn_scale.data_pipeline.environment import environment
 from grn_scale.data_pipeline.job import Job, open_job
 from grn_scale.data_pipeline.leases import ClaimLost, Leases
 from grn_scale.data_pipeline.meter import WorkerMeter
+from grn_scale.data_pipeline.published import PublishedTars
 from grn_scale.data_pipeline.records import ChunkRecord, RecordName, Records, SourcesRecord
 from grn_scale.data_pipeline.retries import asked_for
 from grn_scale.data_pipeline.settings import load_text, text_settings, video_settings
@@ -73,12 +74,14 @@ class PlannedChunk:
     contents: Contents
     """Of its media files."""
     video_from: str
+    records: list[ChunkRecord]
+    """All of its number, also those made from other lines or settings."""
     kept: ChunkRecord | None
     """An earlier record whose video shard is as good as a new one."""
     kept_rows: list[IndexRow]
     """The clips in that shard."""
     retries: int
-    """Times that clips which had failed were tried again, this time included."""
+    """Times that it was made again for clips that had failed or were missing, this time included."""
 
 
 class Worker:
@@ -88,9 +91,8 @@ class Worker:
                  texts: TextShards, pool: DecodePool, meter: WorkerMeter) -> None:
         self._job, self._config, self._records, self._leases = job, config, records, leases
         self._videos, self._texts, self._pool, self._meter = videos, texts, pool, meter
-        # What was missing or unreadable may have come back, at the cost of a look; decoding again has to be asked for.
         self._asked_for = asked_for(job.storage)
-        self._to_retry = {name.number: name for name in self._finished() if name in self._asked_for or name.passing}
+        self._published = PublishedTars(job.storage)
         self._ample = True
 
     def run(self) -> None:
@@ -120,8 +122,12 @@ class Worker:
         return self._records.finished(self._job.digests)
 
     def _unfinished(self) -> list[int]:
-        finished = {name.number for name in self._finished() if self._to_retry.get(name.number) != name}
-        return [number for number in range(len(self._job.chunks)) if number not in finished]
+        return [number for number in range(len(self._job.chunks)) if self._is_unfinished(number)]
+
+    def _is_unfinished(self, number: int) -> bool:
+        """Whether a chunk has no record yet, as far as is known, or one that is to give way to a newer one."""
+        name = self._records.get(number, self._job.digests[number])
+        return name is None or name in self._asked_for
 
     def _claimed(self) -> Iterator[PlannedChunk]:
         """Claimed chunks, until there is none to be had. The next one is planned while one is worked on."""
@@ -136,42 +142,36 @@ class Worker:
     def _claim_one(self) -> PlannedChunk | None:
         self._job.check_generation()
         claimed = self._leases.claimed()
-        self._records.refresh()  # after the claims: a chunk that is in neither list has not been begun
         left = self._unfinished()
         free = [number for number in left if _lease(number) not in claimed]
         self._ample = len(free) > len(claimed)
         # Workers that start together begin at different chunks.
         begin = zlib.crc32(f"{socket.gethostname()} {os.getpid()}".encode()) % max(1, len(free))
         for number in (*free[begin:], *free[:begin], *(number for number in left if _lease(number) in claimed)):
-            if not self._leases.claim(_lease(number)):
+            if not self._is_unfinished(number) or not self._leases.claim(_lease(number)):
                 continue
-            if _lease(number) in claimed:
-                self._records.refresh()  # its holder may have finished it since
-            if number in self._unfinished():
+            self._records.refresh()  # another may have finished it since the last look; now none can
+            if self._is_unfinished(number):
                 with self._meter.timed("hash"):
-                    chunk = self._plan(number)
-                if chunk is not None:
-                    return chunk
-                self._to_retry.pop(number)
+                    return self._plan(number)
             self._leases.release(_lease(number))
         return None
 
-    def _plan(self, number: int) -> PlannedChunk | None:
-        """What is to be done for a claimed chunk; None where it is finished and nothing has come back since."""
+    def _plan(self, number: int) -> PlannedChunk:
+        """What is to be done for a claimed chunk."""
         job = self._job
         lines = read_chunk(job.manifest, job.chunks[number],
                            allow_empty_captions=self._config.tokenize.allow_empty_captions)
         sources, contents = find_sources(lines, job.video, self._records.read_sources(number).contents)
         clips, kept, retries = distinct(sources), None, 0
-        video_from = made_from(clips)
-        for record in self._records.of_number(number):
+        video_from, records = made_from(clips), self._records.of_number(number)
+        for record in records:
             if record.video_from == video_from:
                 kept, retries = record, record.retries
-        if number in self._to_retry:
-            before_retry = self._to_retry[number]
-            if kept and before_retry not in self._asked_for:
-                return None
-            kept, retries = None, before_retry.retries + 1
+        if asked_again := self._records.get(number, job.digests[number]):
+            retries = asked_again.retries + 1
+            if kept and kept.failed:
+                kept = None
         kept_rows: list[IndexRow] = []
         try:
             if kept and kept.video:
@@ -179,7 +179,7 @@ class Worker:
         except UserError as error:
             log.warning("a finished video shard is made anew: %s", error)
             kept = None
-        return PlannedChunk(number, tuple(sources), clips, contents, video_from, kept, kept_rows, retries)
+        return PlannedChunk(number, tuple(sources), clips, contents, video_from, records, kept, kept_rows, retries)
 
     def _make(self, chunk: PlannedChunk, decoded: Iterator) -> None:
         job, number = self._job, chunk.number
@@ -187,13 +187,13 @@ class Worker:
         if chunk.kept:
             video, failed, rows = chunk.kept.video, self._known_problems(chunk), chunk.kept_rows
         else:
-            name = job.shard_name("video", number, [chunk.video_from, chunk.retries])
+            name = self._shard_name("video", chunk, chunk.video_from)
             video, rows, failed = self._videos.make(job.storage / name, chunk.clips, decoded,
                                                     lambda: self._confirm(number))
             self._check_budget(chunk, failed)
         captions = _captions(chunk.sources)
-        text, entries, text_from = self._text(number, [(row.thw[0], [text for _, text in captions[row.key]])
-                                                       for row in rows])
+        text, entries, text_from = self._text(chunk, [(row.thw[0], [text for _, text in captions[row.key]])
+                                                      for row in rows])
         if video is not None:
             rows = [dataclasses.replace(row, captions=tuple(
                 self._texts.caption(kind, text, row.thw[0], entries) for kind, text in captions[row.key]))
@@ -205,7 +205,6 @@ class Worker:
         self._records.write(ChunkRecord(
             number, job.digests[number], chunk.retries, bad, {key: problem.reason for key, problem in failed.items()},
             chunk.video_from, text_from, video, text))
-        self._to_retry.pop(number, None)
         self._meter.finished(len(chunk.sources))
 
     def _confirm(self, number: int) -> None:
@@ -218,18 +217,25 @@ class Worker:
         details = {line["key"]: line["detail"] for line in chunk.kept.bad if line["key"]}
         return {key: Problem(reason, details.get(key, "")) for key, reason in chunk.kept.failed.items()}
 
-    def _text(self, number: int, clips: Sequence[tuple[int, Sequence[str]]],
+    def _shard_name(self, family: str, chunk: PlannedChunk, made_from: str) -> str:
+        """Name of a new shard of a claimed chunk: a tar that anybody may read is never written over. As nobody else can
+        give the chunk a record meanwhile, no dataset can be published with a tar that is free at this look."""
+        in_records = {shard.name for record in chunk.records for shard in record.shards}
+        return self._job.shard_name(family, chunk.number, made_from, chunk.retries,
+                                    lambda name: name in in_records or self._published.refer_to(name))
+
+    def _text(self, chunk: PlannedChunk, clips: Sequence[tuple[int, Sequence[str]]],
               ) -> tuple[ShardInfo | None, dict[str, TextRef], str]:
         """Text shard of a chunk, its entries by key, and what it was made from."""
-        job = self._job
+        job, number = self._job, chunk.number
         texts = self._texts.wanted(clips, with_empty=number == 0)
         text_from = digest([list(texts), dataclasses.asdict(job.text)])
         if not texts:
             return None, {}, text_from
-        for record in self._records.of_number(number):
+        for record in chunk.records:
             if record.text_from == text_from and (entries := _stored_texts(job.storage, record.text)):
                 return record.text, entries, text_from
-        name = job.shard_name("text", number, [text_from])
+        name = self._shard_name("text", chunk, text_from)
         shard, rows = self._texts.make(job.storage / name, texts, lambda: self._confirm(number))
         shard = write_text_part(job.storage, shard, rows)
         return shard, {row.key: TextRef(row.key, row.tokens, shard.name) for row in rows}, text_from
@@ -281,7 +287,8 @@ def _bad_lines(sources: Sequence[Source], failed: dict[str, Problem]) -> tuple[d
     for source in sources:
         problem = source.problem or failed.get(source.key)
         if problem is not None:
-            lines.append({"line": source.line, "id": source.id, "path": source.path, "key": source.key,
+            lines.append({"line": source.line, "id": source.id, "path": source.path,
+                          "member": source.clip.member if source.clip else None, "key": source.key,
                           "reason": problem.reason, "detail": problem.detail})
     return tuple(lines)
 

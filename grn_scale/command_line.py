@@ -25,7 +25,6 @@ import os
 import select
 import sys
 import traceback
-import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -175,8 +174,10 @@ def save_config(config: Any, folder: Path) -> Path:
 
 def dotted_keys(schema: type) -> dict[str, Any]:
     """Dotted name -> annotated type of every leaf field of a dataclass schema."""
+    from grn_scale.config.load import key_types
+
     keys: dict[str, Any] = {}
-    for name, kind in typing.get_type_hints(schema).items():
+    for name, kind in key_types(schema).items():
         if dataclasses.is_dataclass(kind):
             keys.update({f"{name}.{key}": leaf for key, leaf in dotted_keys(kind).items()})
         else:

@@ -15,6 +15,7 @@ import os
 import socket
 import tempfile
 import time
+import uuid
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -243,11 +244,15 @@ class LocalStorage(Storage):
         # A link, unlike an exclusive open, brings the content with it, and NFS carries it out once.
         self._make_parent(name)
         path = self.path(name)
-        with tempfile.NamedTemporaryFile(prefix=f"{path.name}.", suffix=PARTIAL, dir=path.parent) as whole:
-            whole.write(data)
-            whole.flush()
-            os.fsync(whole.fileno())
-            os.link(whole.name, path)
+        whole = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+        try:
+            with whole.open("xb") as stream:  # readable by others, as far as the user's umask lets it
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.link(whole, path)
+        finally:
+            whole.unlink(missing_ok=True)
 
     def delete(self, name: str) -> None:
         retried(self / name, lambda: self.path(name).unlink(missing_ok=True))

@@ -10,10 +10,10 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from grn_scale.atomic import drop_unfinished_line
 from grn_scale.command_line import CommandParser, run, save_config, start_logging
@@ -25,7 +25,8 @@ from grn_scale.errors import EXIT_REQUEUE, ConfigError
 if TYPE_CHECKING:
     import torch
 
-    from grn_scale.batch import Draw, Sample
+    from grn_scale.batch import Pack, Sample
+    from grn_scale.checkpoint.origin import Origin
     from grn_scale.class_to_image.batch import ClassBatch
     from grn_scale.data.mixture import Mixture
     from grn_scale.data.plan import Plan
@@ -80,20 +81,22 @@ def train_run(config: Config, resume: str) -> bool:
     import torch
 
     from grn_scale.checkpoint.background import BackgroundSaver
-    from grn_scale.checkpoint.checkpoint import resolve_resume
+    from grn_scale.checkpoint.checkpoint import read_state, resolve_resume
     from grn_scale.checkpoint.ranks import Ranks
     from grn_scale.data.ledger import LEDGER
     from grn_scale.data.loader import PackLoader, check_step_size
     from grn_scale.data.packing import Cost
     from grn_scale.data.plan import Plan
+    from grn_scale.data.ramp import packs_of_step
     from grn_scale.data.stream import open_plan
     from grn_scale.parallel import groups
     from grn_scale.perf.flops import peak_flops
     from grn_scale.train.bad_samples import BadSamples
-    from grn_scale.train.checkpoints import reserve_host_memory, restore, restore_newest, save_state
+    from grn_scale.train.checkpoints import reserve_host_memory, restore, restore_newest, save_state, start
     from grn_scale.train.job import job
     from grn_scale.train.loop import Run, train
     from grn_scale.train.metrics import MetricsLog
+    from grn_scale.train.profiling import StepProfiler
     from grn_scale.train.progress import TrainingProgress
     from grn_scale.train.rollback import Rollbacks
     from grn_scale.train.stragglers import Stragglers
@@ -105,23 +108,25 @@ def train_run(config: Config, resume: str) -> bool:
         folder, first = Path(config.output), torch.distributed.get_rank() == 0
         checkpoint = resolve_resume(resume, folder, groups.host())
         saved = check_resume(checkpoint, config) if checkpoint else None
-        plan, start = open_plan(config.data, config.seed, saved, functools.partial(newest_data, config))
-        plan.check_state(start)
+        plan, data = open_plan(config.data, config.seed, saved, functools.partial(newest_data, config))
+        plan.check_state(data)
         check_step_size(plan, config.data.packs_per_step)
         mixture = plan.mixture
         check_samples(config, mixture)
-        bad_samples = BadSamples(folder, config.data.bad_sample_limit, start.skip, Ranks(groups.host()))
+        origin = None if checkpoint or not config.init.from_ else weights_to_start_from(config, mixture.info)
+        bad_samples = BadSamples(folder, config.data.bad_sample_limit, data.skip, Ranks(groups.host()))
         validated = config.train.validate_every > 0
         held_out = Plan.of(mixture, config.data, config.seed, split="validation") if validated else None
         data_rank, data_size = groups.data_parallel()
         engine = TrainEngine(config, device)
-        position = restore(engine, checkpoint, start)
+        position = (restore(engine, checkpoint, data) if checkpoint
+                    else start(engine, origin, data, partial=config.init.partial))
         encoder = text_encoder(config, device) if encodes_texts(config, mixture.infos) else None
         assemble = assembler(config, encoder, device)
         cost = Cost.of_shape(config.model.num_layers, config.model.hidden_size, config.model.ffn_hidden_size)
-        loader = PackLoader(plan, position.data, packs_per_step=config.data.packs_per_step, cost=cost,
-                            gamma=config.loss.gamma, step=position.step, dp_rank=data_rank, dp_size=data_size,
-                            renew=functools.partial(grown_plan, config))
+        loader = PackLoader(plan, position.data, packs_per_step=functools.partial(packs_of_step, config.data),
+                            cost=cost, gamma=config.loss.gamma, step=position.step, dp_rank=data_rank,
+                            dp_size=data_size, renew=functools.partial(grown_plan, config))
         validation = validation_batches(held_out, config, data_rank, data_size, assemble) if held_out else []
         if first:
             folder.mkdir(parents=True, exist_ok=True)
@@ -132,19 +137,22 @@ def train_run(config: Config, resume: str) -> bool:
               BackgroundSaver(folder, keep_last=config.train.keep_last, keep_every=config.train.keep_every,
                               background=config.train.background_save) as saver,
               MetricsLog(folder, position.step, config.logging, writes=first, config=to_dict(config)) as metrics,
-              TrainingProgress(config.train.steps, position.step, shown=first) as progress):
+              TrainingProgress(config.train.steps, position.step, shown=first) as progress,
+              StepProfiler(config.profile, folder, range(position.step + 1, config.train.steps + 1),
+                           records=first) as profiler):
             ledger = folder / LEDGER if first and config.data.ledger else None
             if ledger:
                 drop_unfinished_line(ledger)
             reserve_host_memory(saver, engine)
-            save = functools.partial(save_state, saver, engine, mixture.info, config)
+            lineage = read_state(checkpoint).get("origin") if checkpoint else origin and origin.to_dict()
+            save = functools.partial(save_state, saver, engine, mixture.info, config, lineage)
             go_back = functools.partial(restore_newest, saver, engine, config)
             rollbacks = Rollbacks(config.spikes, go_back, metrics, progress)
             stragglers = Stragglers(config.watchdog, groups.gather_objects, progress.warn)
             finished = train(
                 Run(config, engine, loader, functools.partial(assemble, drop=True), validation, bad_samples, ledger,
                     metrics, progress, save, rollbacks, stop, heart, stragglers,
-                    functools.partial(draws_flops, config), total_peak), position)
+                    profiler, functools.partial(step_flops, config), total_peak), position)
             heart.enter("end", heart.now.step)  # the last checkpoint is being written
             return finished
 
@@ -261,15 +269,19 @@ def check_samples(config: Config, mixture: Mixture) -> None:
                             None if class_id == -1 else class_id, config.model)
 
 
-def draws_flops(config: Config, draws: Sequence[Draw]) -> int:
-    """FLOPs of training on these draws."""
-    from grn_scale.class_to_image.flops import image_flops
+def step_flops(config: Config, packs: Sequence[Pack]) -> tuple[int, int]:
+    """FLOPs of training on a step's packs: what the model needs, and what the devices carry out. Validation and the
+    text encoder are left out of both."""
+    from grn_scale.class_to_image.flops import image_flops, image_hardware_flops
     from grn_scale.config.class_schema import ClassConfig
-    from grn_scale.perf.flops import model_flops
+    from grn_scale.perf.flops import hardware_flops, model_flops
 
+    draws = [draw for pack in packs for draw in pack.draws]
     if isinstance(config, ClassConfig):
-        return len(draws) * image_flops(config.model)
-    return model_flops(config.model, ((d.visual_tokens, d.predicted_tokens, d.text_tokens, d.tokens) for d in draws))
+        return len(draws) * image_flops(config.model), len(draws) * image_hardware_flops(config.model)
+    lengths = [(draw.visual_tokens, draw.predicted_tokens, draw.text_tokens, draw.tokens) for draw in draws]
+    rows = len(packs) * config.data.token_budget
+    return model_flops(config.model, lengths), hardware_flops(config.model, config.parallel, lengths, rows)
 
 
 def validation_batches(plan: Plan, config: Config, data_rank: int, data_size: int,
@@ -289,8 +301,8 @@ def validation_batches(plan: Plan, config: Config, data_rank: int, data_size: in
     return assemble([read_pack(plan.mixture, pack) for pack in packs[data_rank::data_size]], weights)
 
 
-def check_resume(checkpoint: Path, config: Config) -> DataState | None:
-    """Where the checkpoint's sample stream stands; None where it holds weights alone.
+def check_resume(checkpoint: Path, config: Config) -> DataState:
+    """Where the checkpoint's sample stream stands.
 
     ConfigError where the run cannot go on from the checkpoint; other settings that changed are logged.
 
@@ -300,24 +312,56 @@ def check_resume(checkpoint: Path, config: Config) -> DataState | None:
     from grn_scale.data.state import DataState
 
     saved = read_state(checkpoint)
-    if ("num_classes" in saved["config"]["model"]) != hasattr(config.model, "num_classes"):
-        raise ConfigError(f"{checkpoint} is of another kind of model than the configuration (text-to-video against "
-                          "class-to-image): give the configuration it was trained with, or a new output folder")
-    if "data" not in saved and checkpoint.resolve().parent == Path(config.output).resolve():
-        raise ConfigError(f"{checkpoint} holds weights alone, from which a run starts in a folder of its own: give "
-                          f"another output, and --resume {checkpoint}")
-    # What an older version did not know yet has its default there.
-    model = to_dict(build(type(config.model), saved["config"]["model"], "model."))
-    changed = changes({**to_dict(config), **saved["config"], "model": model}, to_dict(config))
-    if other := [f"{key} {change}" for key, change in changed.items() if key.startswith("model.")]:
+    if "data" not in saved:
+        raise ConfigError(f"{checkpoint} holds weights alone, from which no run can go on, but a new one can start: "
+                          f"give init.from={checkpoint} and an output folder of its own, without --resume")
+    if other := model_changes(saved["config"]["model"], config, checkpoint):
         raise ConfigError(f"{checkpoint} is of another model ({'; '.join(other)}): keep the model section as it was, "
                           "or give a new output folder")
-    if "data" in saved and saved["step"] > config.train.steps:
+    if saved["step"] > config.train.steps:
         raise ConfigError(f"{checkpoint} stands at step {saved['step']}, beyond train.steps={config.train.steps}: "
                           "raise train.steps, or give a new output folder")
-    for key, change in changed.items():
+    if config.init.from_:
+        log.info("init.from=%s is not looked at: the run goes on from %s", config.init.from_, checkpoint)
+    now = to_dict(config)
+    for key, change in changes({**now, **saved["config"], "model": now["model"]}, now).items():
         log.info("changed since %s: %s %s", checkpoint.name, key, change)
-    return DataState.from_dict(saved["data"]) if "data" in saved else None
+    return DataState.from_dict(saved["data"])
+
+
+def model_changes(saved: Mapping[str, Any], config: Config, source: Path) -> list[str]:
+    """Each key in which the run's model differs from the one `saved` with the weights of `source`, as
+    "model.key old -> new". ConfigError where the two are of different kinds."""
+    if ("num_classes" in saved) != hasattr(config.model, "num_classes"):
+        raise ConfigError(f"{source} is of another kind of model than the configuration (text-to-video against "
+                          "class-to-image): give the configuration it was trained with")
+    # What an older version did not know yet has its default there.
+    then = to_dict(build(type(config.model), saved, "model."))
+    return [f"model.{key} {change}" for key, change in changes(then, to_dict(config.model)).items()]
+
+
+def weights_to_start_from(config: Config, info: DatasetInfo) -> Origin:
+    """What init.from names. ConfigError where it was trained as another model, or on data of another tokenizer or text
+    encoder; with init.partial each difference is logged instead."""
+    from grn_scale.checkpoint.origin import find_origin
+    from grn_scale.checkpoint.ranks import Ranks
+    from grn_scale.class_to_image.load import fixed_tensors
+    from grn_scale.config.class_schema import ClassConfig
+    from grn_scale.parallel import groups
+
+    origin = find_origin(config.init.from_, config.init.weights, Ranks(groups.host()))
+    differences = model_changes(origin.model, config, origin.path)
+    reads_text = not isinstance(config, ClassConfig)
+    for name in ("tokenizer_fingerprint", *(["text_fingerprint"] if reads_text else [])):
+        then, now = origin.state.get("dataset", {}).get(name), getattr(info, name)
+        if then not in (None, now):
+            differences.append(f"{name} of the data {then[:16]}... -> {now[:16]}...")
+    if differences and not config.init.partial:
+        raise ConfigError(f"init.from: {origin.path} is of another model ({'; '.join(differences)}): set the "
+                          "configuration as it was there, or init.partial=true to take what fits all the same")
+    for difference in differences:
+        log.info("%s is of another model: %s", origin.path.name, difference)
+    return origin if reads_text else origin.without(fixed_tensors(config.model))
 
 
 if __name__ == "__main__":

@@ -31,38 +31,42 @@ class BoxReader:
         self._file = open(path, "rb", buffering=0)
         self._block = torch.empty(0, dtype=torch.uint8)
 
-    def read(self, key: str, offset: Sequence[int], target: torch.Tensor) -> None:
-        """Fill `target` with the box of the stored tensor that begins at `offset` and has the target's shape and dtype.
+    def read(self, key: str, offset: Sequence[int], target: torch.Tensor, dtype: torch.dtype | None = None) -> None:
+        """Fill `target` with the box of the stored tensor that begins at `offset` and has the target's shape.
 
-        A box that is cut along a later dimension costs the reading of the rows it lies in.
+        dtype: what the tensor is stored in, if not in the target's; it is cast, block by block. A box that is cut along
+        a later dimension costs the reading of the rows it lies in.
         """
+        dtype = dtype or target.dtype
         span = self.spans.get(key)
-        if span is None or span.dtype != target.dtype or len(span.shape) != target.ndim or any(
+        if span is None or span.dtype != dtype or len(span.shape) != target.ndim or any(
                 start + length > total for start, length, total in zip(offset, target.shape, span.shape)):
             there = "is not there" if span is None else f"is {span.dtype} {list(span.shape)}"
             raise UserError(f"{key} {there}, which is not what the index says")
-        self._fill(span.position, span.shape, tuple(offset), target)
+        self._fill(span.position, dtype, span.shape, tuple(offset), target)
 
-    def _fill(self, position: int, shape: tuple[int, ...], offset: tuple[int, ...], target: torch.Tensor) -> None:
+    def _fill(self, position: int, dtype: torch.dtype, shape: tuple[int, ...], offset: tuple[int, ...],
+              target: torch.Tensor) -> None:
         if not target.numel():
             return
-        if target.device.type == "cpu" and target.is_contiguous() and _in_one_piece(shape, target.shape):
-            self._read_into(target, position + target.element_size() * _flat(shape, offset))
+        in_place = target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous()
+        if in_place and _in_one_piece(shape, target.shape):
+            self._read_into(target, position + dtype.itemsize * _flat(shape, offset))
             return
-        row_shape = shape[1:]  # a scalar is in one piece on the host; on a device it is a row of one
-        row_bytes = math.prod(row_shape) * target.element_size()
+        row_shape = shape[1:]  # a scalar is in one piece on the host; on a device, or cast, it is a row of one
+        row_bytes = math.prod(row_shape) * dtype.itemsize
         if not shape:
-            target.copy_(self._rows(position, row_bytes, target.dtype).view(()))
+            target.copy_(self._rows(position, row_bytes, dtype).view(()))
             return
         position += offset[0] * row_bytes
         if row_bytes > BLOCK_BYTES:
             for i, row in enumerate(target):
-                self._fill(position + i * row_bytes, row_shape, offset[1:], row)
+                self._fill(position + i * row_bytes, dtype, row_shape, offset[1:], row)
             return
         step = BLOCK_BYTES // row_bytes
         for first in range(0, len(target), step):
             part = target[first:first + step]
-            rows = self._rows(position + first * row_bytes, len(part) * row_bytes, target.dtype)
+            rows = self._rows(position + first * row_bytes, len(part) * row_bytes, dtype)
             part.copy_(narrow(rows.view(len(part), *row_shape), (0, *offset[1:]), part.shape))
 
     def _rows(self, position: int, size: int, dtype: torch.dtype) -> torch.Tensor:

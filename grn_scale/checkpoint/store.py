@@ -83,6 +83,20 @@ def load_chunks(folder: str | Path, chunks: Sequence[Chunk], group: dist.Process
     _load(Path(folder), chunks, Ranks(group))
 
 
+def take_chunks(folder: str | Path, index: ChunkIndex, chunks: Sequence[Chunk], group: dist.ProcessGroup | None = None,
+                *, partial: bool) -> dict[str, str]:
+    """`load_chunks` of the tensors of `index`, whose files lie in `folder`, cast to the dtypes of the chunks.
+
+    Returns name -> reason for each tensor that does not fit, in both directions (missing there, taken by nothing here,
+    of another shape, not floating point), on every rank. These chunks stay as they are; without `partial` a UserError
+    naming all of them comes instead.
+    """
+    ranks = Ranks(group)
+    planner = _LoadPlanner(chunks, index, cast=True, partial=partial)
+    _read(planner, Path(folder), ranks)
+    return ranks.first(lambda: planner.misfits)
+
+
 def load_chunks_alone(folder: str | Path, chunks: Sequence[Chunk]) -> None:
     """`load_chunks` in this process only, also inside a distributed job."""
     _load(Path(folder), chunks, Ranks(alone=True))
@@ -91,7 +105,11 @@ def load_chunks_alone(folder: str | Path, chunks: Sequence[Chunk]) -> None:
 def _load(folder: Path, chunks: Sequence[Chunk], ranks: Ranks) -> None:
     index: list[ChunkIndex] = []
     ranks.all(lambda: index.append(ChunkIndex.read(folder)))
-    planner, reader = _LoadPlanner(chunks, index[0]), _Reader(folder, index[0])
+    _read(_LoadPlanner(chunks, index[0]), folder, ranks)
+
+
+def _read(planner: _LoadPlanner, folder: Path, ranks: Ranks) -> None:
+    reader = _Reader(folder, planner.index)
     _through_torch(ranks, lambda **options: dcp.load({}, storage_reader=reader, planner=planner, **options))
 
 
@@ -244,42 +262,55 @@ class _Writer(StorageWriter):
 class _LoadPlanner(LoadPlanner):
     """Read items for every overlap of a wanted box with a stored one.
 
-    Only names travel to the coordinator, which compares them; the items stay on the rank that needs them.
+    Only names travel to the coordinator, which compares them; the items stay on the rank that needs them. cast: stored
+    floating-point numbers may have another dtype; partial: what does not fit is left out and noted in `misfits`, on the
+    coordinator.
     """
 
-    def __init__(self, chunks: Sequence[Chunk], index: ChunkIndex) -> None:
+    def __init__(self, chunks: Sequence[Chunk], index: ChunkIndex, *, cast: bool = False,
+                 partial: bool = False) -> None:
         self.chunks = chunks
         self.index = index
+        self.cast, self.partial = cast, partial
+        self.misfits: dict[str, str] = {}
         self.items: list[ReadItem] = []
 
     def set_up_planner(self, state_dict: dict, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
         pass  # chunks and index came with the constructor
 
     def create_local_plan(self) -> LoadPlan:
-        problems, asked = [], set()
+        asked: dict[str, str] = {}  # name -> why it does not fit, or nothing
         for i, chunk in enumerate(self.chunks):
-            asked.add(chunk.name)
             stored = self.index.tensors.get(chunk.name)
-            if stored is None:
-                continue
-            if stored.shape != chunk.global_shape:
-                problems.append(f"{chunk.name} has shape {chunk.global_shape} here and {stored.shape} there")
-            elif stored.dtype != chunk.tensor.dtype:
-                problems.append(f"{chunk.name} is {DTYPE_NAMES.get(chunk.tensor.dtype, chunk.tensor.dtype)} here and "
-                                f"{DTYPE_NAMES[stored.dtype]} there")
-            else:
+            misfit = self._misfit(chunk, stored)
+            asked[chunk.name] = asked.get(chunk.name) or misfit
+            if not misfit:
                 self.items += _read_items(i, chunk, stored)
-        if problems:
-            raise UserError("the checkpoint does not fit:\n  " + "\n  ".join(dict.fromkeys(problems)))
         return LoadPlan([], planner_data=asked)
 
+    def _misfit(self, chunk: Chunk, stored: StoredTensor | None) -> str:
+        """Why the stored tensor cannot fill the chunk; empty where it can."""
+        if stored is None:
+            return "is missing in the checkpoint"
+        if stored.shape != chunk.global_shape:
+            return f"has shape {chunk.global_shape} here and {stored.shape} there"
+        if stored.dtype != chunk.tensor.dtype and not (self.cast and stored.dtype.is_floating_point):
+            return (f"is {DTYPE_NAMES.get(chunk.tensor.dtype, chunk.tensor.dtype)} here and "
+                    f"{DTYPE_NAMES[stored.dtype]} there")
+        return ""
+
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        asked = set().union(*(plan.planner_data for plan in global_plan))
-        there = set(self.index.tensors)
-        problems = [f"{name} is missing in the checkpoint" for name in sorted(asked - there)]
-        problems += [f"{name} is in the checkpoint, but nothing here takes it" for name in sorted(there - asked)]
-        if problems:
-            raise UserError("the checkpoint does not fit:\n  " + "\n  ".join(problems))
+        found = dict.fromkeys(self.index.tensors, "is in the checkpoint, but nothing here takes it")
+        asked: dict[str, str] = {}
+        for plan in global_plan:
+            for name, misfit in plan.planner_data.items():
+                asked[name] = asked.get(name) or misfit
+        found.update(asked)
+        self.misfits = {name: reason for name, reason in sorted(found.items()) if reason}
+        if self.misfits and not self.partial:
+            raise UserError("\n  ".join(
+                ["the checkpoint does not fit:", *(f"{name} {reason}" for name, reason in self.misfits.items())])
+                + ("\ninit.partial=true takes what fits" if self.cast else ""))
         return [LoadPlan([]) for _ in global_plan]
 
     def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
@@ -345,17 +376,18 @@ class _Reader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        by_file: dict[str, list[tuple[StoredChunk, ReadItem]]] = defaultdict(list)
+        by_file: dict[str, list[tuple[StoredChunk, torch.dtype, ReadItem]]] = defaultdict(list)
         for item in plan.items:
-            source = self.index.tensors[item.storage_index.fqn].chunks[item.storage_index.index]
-            by_file[source.file].append((source, item))
+            stored = self.index.tensors[item.storage_index.fqn]
+            source = stored.chunks[item.storage_index.index]
+            by_file[source.file].append((source, stored.dtype, item))
         for name, items in sorted(by_file.items()):
             path = self.folder / name
             try:
                 with BoxReader(path) as file:
-                    for source, item in items:
+                    for source, dtype, item in items:
                         target = planner.resolve_tensor(item)
-                        file.read(source.key, item.storage_offsets, target)
+                        file.read(source.key, item.storage_offsets, target, dtype)
                         planner.commit_tensor(item, target)
             except (OSError, UserError) as error:
                 raise UserError(f"cannot read {path}: {error}; the checkpoint is damaged: take another") from error

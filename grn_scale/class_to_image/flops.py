@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 from grn_scale.config.class_schema import ClassModelConfig
+from grn_scale.model.transformer import LEVEL_FEATURES
 
 
 def image_flops(config: ClassModelConfig) -> int:
-    """FLOPs of forward and backward of one image: 6 a weight and token it acts on, and 12 C s^2 a layer for attention
-    over its s tokens, those of the class included from the block where they come in."""
-    width, outputs = config.hidden_size, config.label_channels * (1 if config.classes == 2 else config.classes)
+    """FLOPs that forward and backward of one image cannot do without."""
+    width, bottleneck, channels = config.hidden_size, config.bottleneck_size, config.label_channels
+    bits = config.classes == 2
     layer = 4 * width * width + 3 * width * config.ffn_hidden_size
-    total = 6 * config.tokens * (outputs * (width + config.bottleneck_size) + config.bottleneck_size * width)
+    total = 4 * config.tokens * channels * bottleneck * bits  # labels of more classes are looked up
+    total += 6 * config.tokens * width * (bottleneck + channels * (1 if bits else config.classes))
+    total += 4 * LEVEL_FEATURES * width + 6 * width * width
     total += 6 * width * width * (6 * config.num_layers + 2)  # adaptive layer norm acts once an image
-    for block in range(config.num_layers):
-        tokens = config.tokens + (config.in_context_length if block >= config.in_context_start else 0)
-        total += 6 * layer * tokens + 12 * width * tokens * tokens
-    return total
+    return total + 6 * layer * sum(_lengths(config)) + 3 * _attention(config)
+
+
+def image_hardware_flops(config: ClassModelConfig) -> int:
+    """FLOPs that the device carries out for one image: with the attention scores, which fused kernels compute again in
+    the backward pass. There is no padding."""
+    return image_flops(config) + _attention(config) // 2
+
+
+def _lengths(config: ClassModelConfig) -> list[int]:
+    """Tokens in each block: those of the class are there from the block on where they come in."""
+    return [config.tokens + (config.in_context_length if block >= config.in_context_start else 0)
+            for block in range(config.num_layers)]
+
+
+def _attention(config: ClassModelConfig) -> int:
+    """Forward pass of attention in all blocks."""
+    return sum(4 * config.hidden_size * tokens * tokens for tokens in _lengths(config))

@@ -143,6 +143,21 @@ def _world_rules(config: Config, world_size: int) -> Iterator[str]:
         yield (f"data.packs_per_step is {packs}, {packs // data} for each of {data} data-parallel ranks, but "
                f"parallel.virtual_pipeline > 1 needs a multiple of parallel.pipeline ({parallel.pipeline}) for each: "
                f"data.packs_per_step={_nearest_multiple(packs, data * parallel.pipeline)} is the nearest that fits")
+    else:
+        yield from _ramp_rules(config, data)
+
+
+def _ramp_rules(config: Config, data: int) -> Iterator[str]:
+    """Every size of the global batch is a multiple of the first, so it is enough that the first one fits."""
+    parallel, start, packs = config.parallel, config.data.ramp_start, config.data.packs_per_step
+    unit = data * (parallel.pipeline if parallel.virtual_pipeline > 1 else 1)
+    if start % unit:
+        legal = _nearest(start, (size for size in _divisors(packs) if size % unit == 0))
+        of = f"the {data} data-parallel ranks"
+        if unit > data:
+            of = f"{data} data-parallel ranks x parallel.pipeline ({parallel.pipeline}, with virtual stages)"
+        yield (f"data.ramp_start is {start}, but must be a multiple of {of} and divide data.packs_per_step ({packs}): "
+               f"data.ramp_start={legal} is the nearest that fits")
 
 
 def _zero_rules(config: Config) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from grn_scale.config.rules import require, require_choice, require_positive
+from grn_scale.errors import ConfigError
 
 MOST_TEXT_TOKENS = 512  # text token k turns by time position k; those after belong to noise level and frames
 TEXT_STATES = ("none", "bf16", "int8")  # how the states of captions may be kept in text shards
@@ -127,6 +128,11 @@ class DataConfig:
     """Tokens a pack is padded to; a multiple of 128 that belongs to the data, not to the layout."""
     packs_per_step: int = 1
     """Global batch, counted in packs."""
+    ramp_start: int = 0
+    """Packs of the first step, where the global batch is to grow: by as many at a time, up to packs_per_step, which is
+    a multiple. 0: no ramp."""
+    ramp_steps: int = 0
+    """Steps until the global batch is packs_per_step; each size before it lasts equally long."""
     validation_fraction: float = 0.01
     """Share of samples held out, chosen by a hash of their key."""
     validation_packs: int = 4
@@ -155,6 +161,7 @@ class DataConfig:
         require_positive("data", packs_per_step=self.packs_per_step, validation_packs=self.validation_packs,
                          window_shards=self.window_shards, temperature=self.temperature,
                          cache_gigabytes=self.cache_gigabytes)
+        self._check_ramp()
         self._check_mixture()
         require(self.bad_sample_limit >= 0,
                 f"data.bad_sample_limit is {self.bad_sample_limit}, but must not be negative")
@@ -164,6 +171,17 @@ class DataConfig:
                     f"data.{name} is {value}, but must lie in [0, 1)")
         require(self.image_share is None or 0 <= self.image_share <= 1,
                 f"data.image_share is {self.image_share}, but must lie between 0 and 1")
+
+    def _check_ramp(self) -> None:
+        start, steps, packs = self.ramp_start, self.ramp_steps, self.packs_per_step
+        require(start >= 0 and steps >= 0, f"data.ramp_start={start} and data.ramp_steps={steps} must not be negative "
+                "(0 and 0: no ramp)")
+        require((start > 0) == (steps > 0), f"data.ramp_start is {start} and data.ramp_steps is {steps}: a ramp needs "
+                "both, set both to 0 for none")
+        if start and packs % start:
+            nearest = min((d for d in range(1, packs + 1) if packs % d == 0), key=lambda d: abs(d - start))
+            raise ConfigError(f"data.ramp_start is {start}, but must divide data.packs_per_step ({packs}), to which "
+                              f"the ramp climbs by it: data.ramp_start={nearest} is the nearest that fits")
 
     def _check_mixture(self) -> None:
         require(not (self.dataset and self.mixture), "data.dataset and data.mixture are both set: give data.mixture=[] "

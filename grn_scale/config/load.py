@@ -96,7 +96,7 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{name} is {value!r}, but must be a section with the keys "
-                              f"{', '.join(field.name for field in dataclasses.fields(kind))}")
+                              f"{', '.join(key_types(kind))}")
         return build(kind, value, f"{name}.")
     if origin is tuple:
         parts = typing.get_args(kind)
@@ -119,13 +119,19 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
 _KIND_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
+def key_types(cls: type) -> dict[str, Any]:
+    """Key -> annotated type of each field of a dataclass. A trailing underscore of a field is no part of its key:
+    the field `from_` is written `from`, which Python keeps for itself."""
+    return {name.removesuffix("_"): kind for name, kind in typing.get_type_hints(cls).items()}
+
+
 def build(cls: type[T], values: Mapping[str, Any], prefix: str = "", base: Path | None = None) -> T:
     """Instance of the dataclass `cls` from nested mappings.
 
     Where a section's value is text, it names a YAML file that holds the section, looked up beside the run
     file (`base`) and then in the shipped configs/.
     """
-    hints = typing.get_type_hints(cls)
+    hints, fields = key_types(cls), {field.name.removesuffix("_"): field.name for field in dataclasses.fields(cls)}
     for key in values:
         if key not in hints:
             raise _unknown(str(key), hints, prefix)
@@ -137,14 +143,14 @@ def build(cls: type[T], values: Mapping[str, Any], prefix: str = "", base: Path 
                 value = {}
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{prefix}{key} is {value!r}, but must be a section or the name of a file with it")
-            arguments[key] = build(kind, value, f"{prefix}{key}.", base)
+            arguments[fields[key]] = build(kind, value, f"{prefix}{key}.", base)
         else:
-            arguments[key] = _convert(kind, value, prefix + key)
+            arguments[fields[key]] = _convert(kind, value, prefix + key)
     return cls(**arguments)
 
 
 def _resolve_files(values: dict[str, Any], cls: type, base: Path) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
+    hints = key_types(cls)
     resolved = {}
     for key, value in values.items():
         if dataclasses.is_dataclass(hints.get(key)) and isinstance(value, str):
@@ -209,18 +215,18 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = (),
 def _check_keys(schemas: tuple[type, ...], values: Mapping[str, Any]) -> None:
     """ConfigError for a section's key that none of the schemas knows, with the nearest one of any of them."""
     for name, section in values.items():
-        kinds = [kind for kind in (typing.get_type_hints(schema).get(name) for schema in schemas)
+        kinds = [kind for kind in (key_types(schema).get(name) for schema in schemas)
                  if dataclasses.is_dataclass(kind)]
         if kinds and isinstance(section, Mapping):
-            valid = {key: None for kind in kinds for key in typing.get_type_hints(kind)}
+            valid = {key: None for kind in kinds for key in key_types(kind)}
             for key in section:
                 if key not in valid:
                     raise _unknown(str(key), valid, f"{name}.")
 
 
 def _known_keys(schema: type, values: Mapping[str, Any]) -> int:
-    hints = typing.get_type_hints(schema)
-    return sum(len(section.keys() & typing.get_type_hints(hints[key]).keys()) for key, section in values.items()
+    hints = key_types(schema)
+    return sum(len(section.keys() & key_types(hints[key]).keys()) for key, section in values.items()
                if isinstance(section, Mapping) and dataclasses.is_dataclass(hints.get(key)))
 
 
@@ -238,7 +244,7 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") ->
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Nested plain values of a configuration, as YAML and JSON take them; `build` reads them back."""
-    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    return {f.name.removesuffix("_"): _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
 
 
 def _plain(value: Any) -> Any:

@@ -1,10 +1,47 @@
-"""The sections about how a training run looks after itself: when it stops, what it does about loss spikes and hangs."""
+"""The sections about how a training run begins and looks after itself: its first weights, when it stops, what it does
+about loss spikes and hangs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from grn_scale.config.rules import require, require_positive
+from grn_scale.config.rules import require, require_choice, require_positive
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """The weights a run starts from. Optimizer, schedule, step and data begin anew; the moving average begins with
+    the weights taken. A run that is resumed goes on from its checkpoint and does not look here."""
+
+    from_: str = ""
+    """A run folder (its newest complete checkpoint), a step folder, or what `grn-scale convert --to native` wrote.
+    Empty: weights drawn from the seed. Written init.from."""
+    weights: str = "raw"
+    """raw: as they were trained; ema: their moving average."""
+    partial: bool = False
+    """Take what is there with the same shape, name every other tensor and each difference of the models, and go on;
+    otherwise a difference refuses the start."""
+
+    def __post_init__(self) -> None:
+        require_choice("init.weights", self.weights, ("raw", "ema"))
+        require(bool(self.from_) or not self.partial,
+                "init.partial is true, but init.from names nothing to take a part of: set both, or none")
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """A few steps whose operations and kernels are recorded into the run folder (trace-FIRST-LAST.json.gz, for
+    Perfetto or chrome://tracing), as the first process sees them. Recording slows these steps."""
+
+    start: int = 10
+    """First step that is recorded, counted from 1 as in metrics.jsonl. Steps before the start of a resumed run are not
+    there to be recorded."""
+    steps: int = 0
+    """How many; 0 records none. What is recorded stays in memory until the last of them is done."""
+
+    def __post_init__(self) -> None:
+        require(self.start >= 1, f"profile.start is {self.start}, but steps are counted from 1")
+        require(self.steps >= 0, f"profile.steps is {self.steps}, but must not be negative (0 records none)")
 
 
 @dataclass(frozen=True)

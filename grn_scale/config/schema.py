@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from grn_scale.config.data_schema import DataConfig, TextConfig, TokenizeConfig, TokenizerConfig
 from grn_scale.config.rules import require, require_choice, require_positive
-from grn_scale.config.run_schema import SpikesConfig, StopConfig, WatchdogConfig
+from grn_scale.config.run_schema import InitConfig, ProfileConfig, SpikesConfig, StopConfig, WatchdogConfig
 
 
 class LabelledShape:
@@ -299,6 +299,7 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
@@ -306,6 +307,7 @@ class Config:
     spikes: SpikesConfig = field(default_factory=SpikesConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:

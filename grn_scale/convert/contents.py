@@ -12,6 +12,7 @@ import torch
 
 from grn_scale.checkpoint import layout
 from grn_scale.checkpoint.index import read_json
+from grn_scale.checkpoint.origin import CLASS_FILES, SECTIONS
 from grn_scale.checkpoint.stored import (
     PIPELINE,
     StoredValue,
@@ -24,7 +25,7 @@ from grn_scale.checkpoint.weights import find_checkpoint
 from grn_scale.class_to_image.load import fixed_tensors
 from grn_scale.config.load import build
 from grn_scale.convert.kinds import CLASS, CLASS_PREFIX, CONFIG_CLASSES, kind_of, official_names
-from grn_scale.convert.native import CLASS_FILES, SECTIONS, section_weights
+from grn_scale.convert.native import section_weights
 from grn_scale.convert.torch_file import TorchFile, is_torch_file, open_torch_file
 from grn_scale.errors import UserError
 

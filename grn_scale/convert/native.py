@@ -15,14 +15,11 @@ from grn_scale.checkpoint import layout
 from grn_scale.checkpoint.checkpoint import seal
 from grn_scale.checkpoint.chunks import narrow
 from grn_scale.checkpoint.index import ChunkIndex, StoredChunk, StoredTensor, sync_folder
+from grn_scale.checkpoint.origin import CLASS_FILES, SECTIONS
 from grn_scale.checkpoint.stored import StoredValue, StoredWeights, safetensors_file
 from grn_scale.checkpoint.tensor_file import Entry, write_tensor_file
 from grn_scale.errors import UserError
 
-SECTIONS = {"raw": "model", "ema": "ema"}
-"""Set of weights -> section of a checkpoint."""
-CLASS_FILES = {"ema": "model.safetensors", "raw": "model_raw.safetensors", "ema2": "model_ema2.safetensors"}
-"""Set of weights -> file of a class-to-image folder; the first is the one to sample with."""
 DATA_FILE = "rank-00000.safetensors"
 
 

@@ -52,8 +52,8 @@ class Dataset:
     In memory are small caches of index parts and texts, whatever the size of the dataset.
 
     Rows and columns need the index parts of video shards, without which nothing can be planned: they raise
-    DoNotRequeue where such a part is damaged, and UserError where it is missing or cannot be read after several
-    attempts. The part of a text shard is read like the texts themselves: it costs samples, not the run.
+    DoNotRequeue where such a part is damaged at two reads, and UserError where it is missing or cannot be read after
+    several attempts. The part of a text shard is read like the texts themselves: it costs samples, not the run.
     """
 
     def __init__(self, storage: Storage, info: DatasetInfo, cache: Blocks | None = None):
@@ -168,10 +168,8 @@ class Dataset:
         return self._text_shards[ref.shard]
 
     def _read_text_part(self, name: str) -> _TextPart:
-        # One attempt: who reads a sample tries all its reads again, and waits for this one no longer than for others.
-        shard = self._text_shards[name]
-        data = self.storage.read(INDEX_FOLDER + shard.part)
-        return _TextPart(part_table(data, self.storage, shard, TEXT_SCHEMA), f"{self.storage.location}: {name}")
+        table = part_table(self.storage, self._text_shards[name], TEXT_SCHEMA)
+        return _TextPart(table, f"{self.storage.location}: {name}")
 
     def _read_states(self, ref: TextRef) -> torch.Tensor:
         row = self.text_row(ref)

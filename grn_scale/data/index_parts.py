@@ -109,16 +109,28 @@ def read_table(folder: str | Path | Storage, shard: ShardInfo, schema: pa.Schema
     """Columns of a shard's part. UserError naming the part where it is missing or cannot be read, after several
     attempts; DamagedPart where it is damaged or of another form."""
     storage = Storage.of(folder)
+    name = storage / f"{INDEX_FOLDER}{shard.part}"
     try:
-        return part_table(_read_part(storage, INDEX_FOLDER + shard.part), storage, shard, schema)
+        return part_table(storage, shard, schema)
+    except FileNotFoundError as error:
+        raise UserError(f"index part {name} is missing; {REMEDY}") from error
+    except OSError as error:
+        raise UserError(f"index part {name} cannot be read: {error.strerror or error}; look at the storage, then start "
+                        "again") from error
+
+
+def part_table(storage: Storage, shard: ShardInfo, schema: pa.Schema) -> pa.Table:
+    """What `read_table` gives, but an OSError where the part is missing or cannot be read."""
+    try:
+        return _sound_table(storage, shard, schema)
     except DamagedPart:
         # What came over the network may be damaged, and the part itself be sound.
-        return part_table(_read_part(storage, INDEX_FOLDER + shard.part), storage, shard, schema)
+        return _sound_table(storage, shard, schema)
 
 
-def part_table(data: bytes, storage: Storage, shard: ShardInfo, schema: pa.Schema) -> pa.Table:
-    """Columns of a shard's part with these bytes. DamagedPart, naming it, where they are damaged or of another form."""
+def _sound_table(storage: Storage, shard: ShardInfo, schema: pa.Schema) -> pa.Table:
     name = INDEX_FOLDER + shard.part
+    data = storage.read(name)
     if hashlib.sha256(data).hexdigest() != shard.part_sha256:
         raise DamagedPart(f"index part {storage / name} is damaged: its sha256 is not the one in the summary; {REMEDY}")
     table = parse_table(data, storage / name, schema)
@@ -178,13 +190,3 @@ class VideoPart:
             ratio_key=values["ratio_key"], class_id=values["class_id"], captions=tuple(
                 Caption(c["type"], {x["task"]: TextRef(x["key"], x["tokens"], x["shard"]) for x in c["texts"]})
                 for c in captions))
-
-
-def _read_part(storage: Storage, name: str) -> bytes:
-    try:
-        return storage.read(name)
-    except FileNotFoundError as error:
-        raise UserError(f"index part {storage / name} is missing; {REMEDY}") from error
-    except OSError as error:
-        raise UserError(f"index part {storage / name} cannot be read: {error.strerror or error}; look at the storage, "
-                        "then start again") from error

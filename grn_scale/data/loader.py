@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
@@ -165,10 +165,10 @@ def read_pack(source: Mixture | Source, pack: Pack, skip: Collection[str] = (), 
               on_bad: Callable[[BadSample], None] | None = None) -> list[Sample]:
     """The samples of a pack, one for each draw, in its order.
 
-    A corrupt sample, one whose reading failed three times, and one whose key is in `skip` come back as zeros with
-    `valid=False`. `on_bad` is told of the first two, in order; those of `skip` are not read again. `run` maps a
-    function over the draws in order (an executor's `map` reads several at a time). Where there is CUDA, the bits lie in
-    pinned memory.
+    A corrupt sample, one that could not be read at any attempt of the storage, and one whose key is in `skip` come back
+    as zeros with `valid=False`. `on_bad` is told of the first two, in order; those of `skip` are not read again. `run`
+    maps a function over the draws in order (an executor's `map` reads several at a time). Where there is CUDA, the bits
+    lie in pinned memory.
     """
     mixture = Mixture.of(source)
     samples = []
@@ -198,10 +198,11 @@ class PackLoader:
     def __init__(self, plan: Plan, state: DataState, *, packs_per_step: int | Callable[[int], int], cost: Cost,
                  gamma: float, step: int = 0, dp_rank: int = 0, dp_size: int = 1, threads: int = 2, prefetch: int = 2,
                  renew: Callable[[Plan], Plan | None] | None = None) -> None:
-        """packs_per_step: a number, or a ramp: the packs of step `step` (the first), step + 1, ...; it never changes
-        what is in them. threads: samples read at a time; prefetch: steps read ahead, besides the one asked for. renew:
-        called with the plan where an epoch begins, by the thread that asks for its first step; a plan that it gives
-        (of grown datasets) is used from there on, and all processes must be given the same.
+        """packs_per_step: a number, or a function (`ramp.packs_of_step`) that gives it for step `step` (the first),
+        step + 1, ...; it never changes what is in the packs. threads: samples read at a time; prefetch: steps read
+        ahead, besides the one asked for. renew: called with the plan where an epoch begins, by the thread that asks for
+        its first step; a plan that it gives (of grown datasets) is used from there on, and all processes must be given
+        the same.
 
         packs_per_step must divide by dp_size (`config.check.check_layout`). Raises ConfigError where the training split
         has fewer packs than one step takes, or the state is not of this plan.
@@ -214,7 +215,7 @@ class PackLoader:
         plan.check_state(state)
         self._plan, self._cost, self._gamma = plan, cost, gamma
         self._dp_rank, self._dp_size = dp_rank, dp_size
-        self._state, self._step = state, step
+        self._state, self._step, self._taken = state, step, state
         self._renew, self._epoch = renew, state.epoch
         self._closed = False
         self._readers = ThreadPoolExecutor(threads, thread_name_prefix="grn-read")
@@ -244,6 +245,7 @@ class PackLoader:
                 self._begin_epoch()
                 self._read_ahead(self._prefetch + 1)
                 step = self._ahead.popleft().result()
+            self._taken = step.state_after
             return step
         except BaseException:  # no step follows a failed one: stop the threads, and raise it again
             self.close()
@@ -255,6 +257,15 @@ class PackLoader:
         self._loader.shutdown(cancel_futures=True)
         self._readers.shutdown()
         self._ahead.clear()
+
+    def go_back(self, step: int) -> None:
+        """Count the steps from `step` again, while the packs go on behind the last step taken. What was read ahead is
+        read anew, because the steps may be of another size now."""
+        for ahead in self._ahead:
+            ahead.cancel()
+        wait(self._ahead)
+        self._ahead.clear()
+        self._state, self._step = self._taken, step
 
     def _read_ahead(self, steps: int) -> None:
         while len(self._ahead) < steps:

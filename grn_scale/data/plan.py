@@ -172,19 +172,24 @@ class Plan:
             return True
         return any(first + count >= packs for _, first, count in self._walk(0))
 
-    def state_at(self, step: int, packs_per_step: int, track: Callable[[Iterator], Iterable] = iter) -> DataState:
-        """State before step `step` (from 0) of a run that took `packs_per_step` packs at every step.
+    def state_at(self, step: int, packs_per_step: int | Callable[[int], int],
+                 track: Callable[[Iterator], Iterable] = iter) -> DataState:
+        """State before step `step` (from 0) of a run that took `packs_per_step` packs at every step; a function gives
+        the packs of each.
 
         Plans the windows before it, each once, which takes a while where they are thousands: a run resumes from the
         state it saved instead. track: shows how the walk over an epoch's windows comes along.
         """
-        epoch = 0
+        packs_of = packs_per_step if callable(packs_per_step) else lambda _: packs_per_step
+        epoch = taken = 0
         while True:
+            position = 0
             for number, first, count in track(self._walk(epoch)):
-                if first + count > step * packs_per_step:
-                    return replace(self.start(), epoch=epoch, position=step * packs_per_step, window=number,
-                                   window_first=first)
-            step -= -(-(first + count) // packs_per_step)
+                while taken < step and position < first + count:
+                    position += packs_of(taken)
+                    taken += 1
+                if position < first + count:
+                    return replace(self.start(), epoch=epoch, position=position, window=number, window_first=first)
             epoch += 1
 
     def check_state(self, state: DataState) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import logging
 import math
@@ -48,11 +49,7 @@ def enough_micro_batches(config: Config, replicas: int) -> int:
 
 
 def dry_step(config: Config) -> dict[str, Any]:
-    """Parameters, official tensors and bytes of this process, which the environment places in a fake world.
-
-    "tensors" maps official names to [elements that this stage's tensor-parallel ranks hold, copies counted once;
-    elements of the whole tensor]. "bytes": see `dry_run.CATEGORIES`.
-    """
+    """What this process, which the environment places in a fake world, holds: fields of `dry_run.RankClass`."""
     begin = time.perf_counter()
     with fake_groups(config.parallel) as device:
         # only now is the process prepared for what these import
@@ -68,6 +65,8 @@ def dry_step(config: Config) -> dict[str, Any]:
                 self.gradients = storage_bytes(held_gradients(self.engine))
                 return scores
 
+        # DeepSpeed collects garbage again and again; the libraries' own objects stay anyway
+        gc.freeze()
         replicas = groups.data_parallel()[1]
         batch, micro_batches = full_pack(config, device), enough_micro_batches(config, replicas)
         with fake_tensors(), MemoryMeter() as meter:
@@ -103,14 +102,13 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(item)
 
 
-def _official_tensors(placements: Iterable[Placement], tensor_size: int) -> dict[str, tuple[int, int]]:
-    counts: dict[str, tuple[int, int]] = {}
+def _official_tensors(placements: Iterable[Placement], tensor_size: int) -> dict[str, int]:
+    held: dict[str, int] = {}
     for placement in placements:
         parts = 1 if placement.split_dim is None else tensor_size
         for piece in placement.pieces:
-            held = counts.get(piece.name, (0, 0))[0] + parts * math.prod(piece.size)
-            counts[piece.name] = held, math.prod(piece.global_shape)
-    return counts
+            held[piece.name] = held.get(piece.name, 0) + parts * math.prod(piece.size)
+    return held
 
 
 def main() -> None:

@@ -28,10 +28,12 @@ from grn_scale.parallel.groups import DeepSpeedTopology
 from grn_scale.parallel.layers import transformer_config
 from grn_scale.parallel.stage import GRNStage
 from grn_scale.parallel.zero import (
+    after_skipped_step,
     deepspeed_config,
     drop_gradients,
     owned_fragments,
     publish_masters,
+    release,
     sees_every_pass,
 )
 
@@ -99,6 +101,10 @@ class TrainEngine:
         self.averages = [m.clone() for m in self.masters] if config.optimizer.ema_decay > 0 else []
         self.updates = 0
 
+    def close(self) -> None:
+        """Let the process forget it; its hooks would hold weights and process groups for ever."""
+        release(self.engine)
+
     # -- steps ---------------------------------------------------------------------------------------------
 
     def train_step(self, batches: Sequence[Batch], learning_rate: float, votes: Sequence[float] = ()) -> StepResult:
@@ -125,12 +131,15 @@ class TrainEngine:
         norm = self._clip_replicated() if self.config.zero.stage == 0 else 0.0
         if not (math.isfinite(sums.loss) and math.isfinite(norm)):
             drop_gradients(self.engine)
+            after_skipped_step(self.engine)
             return math.nan, False
         self.engine.step()
         if self.config.zero.stage > 0:
             norm = float(self.engine.get_global_grad_norm())
         applied = math.isfinite(norm) and not getattr(self.engine.optimizer, "overflow", False)
-        if applied:
+        if not applied:
+            after_skipped_step(self.engine)
+        else:
             self.updates += 1
             if self.averages:
                 update_average(self.averages, self.masters, self.config.optimizer.ema_decay)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 
 from grn_scale.config.schema import Config
 from grn_scale.parallel.fragments import Fragment
@@ -96,8 +97,14 @@ def publish_masters(engine: DeepSpeed) -> None:
         optimizer._partition_all_parameters()
         for group in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
-        if optimizer.persistent_parameters:
-            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+        gather_persistent(engine)
+
+
+def gather_persistent(engine: DeepSpeed) -> None:
+    """Stage 3: bring the parameters together that stay whole. A step that DeepSpeed skips leaves them divided, and then
+    the next forward pass does not fit the trace it follows."""
+    if engine.zero_optimization_stage() == 3 and (whole := engine.optimizer.persistent_parameters):
+        whole[0].all_gather(whole)
 
 
 def held_gradients(engine: DeepSpeed) -> list[torch.Tensor]:
@@ -120,3 +127,20 @@ def drop_gradients(engine: DeepSpeed) -> None:
     elif sees_every_pass(engine.zero_optimization_stage()):
         for group in optimizer.averaged_gradients:
             optimizer.averaged_gradients[group] = optimizer.all_grad_tensors[group] = None
+
+
+def after_skipped_step(engine: DeepSpeed) -> None:
+    """Bring in order what DeepSpeed leaves behind when it skips a step, or when gradients were dropped."""
+    optimizer = engine.optimizer
+    gather_persistent(engine)
+    if engine.zero_optimization_stage() == 2 and optimizer.cpu_offload:
+        # else the next gradients are added to those of the skipped step
+        optimizer.reset_cpu_buffers()
+        optimizer.averaged_gradients, optimizer.micro_step_id = {}, -1
+
+
+def release(engine: DeepSpeed) -> None:
+    """Take its hooks off and forget the model where DeepSpeed keeps it globally."""
+    engine.destroy()
+    if engine.zero_optimization_stage() == 3:
+        FWD_MODULE_STACK[:] = [module for module in FWD_MODULE_STACK if module is not engine.module]

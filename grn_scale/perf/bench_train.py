@@ -7,19 +7,28 @@ from typing import TYPE_CHECKING, Any
 
 from grn_scale.config.schema import Config
 from grn_scale.errors import ConfigError
-from grn_scale.perf.measure import CAPTION_TOKENS, latent_shape, peak_memory, rates, repeat, spread, start_torch
+from grn_scale.perf.measure import (
+    CAPTION_TOKENS,
+    latent_shape,
+    paired,
+    peak_memory,
+    rates,
+    repeat,
+    spread,
+    start_torch,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
     from grn_scale.batch import Pack, Sample
     from grn_scale.model.pack import PackedBatch
 
-WARMUP_STEPS = 2
-
-
 def bench_train(config: Config, repeats: int) -> dict[str, Any]:
-    """Seconds a step and tokens a second of the training engine, and for one process of plain torch beside it."""
+    """Seconds a step and tokens a second of the training engine; on one process in turn with plain torch, and how much
+    longer the engine takes (median over the pairs of steps)."""
     from grn_scale.config.check import check_layout
     from grn_scale.parallel import groups
     from grn_scale.parallel.dims import world_size_from_environment
@@ -47,10 +56,11 @@ def bench_train(config: Config, repeats: int) -> dict[str, Any]:
             results.append(engine.train_step(batches, config.optimizer.lr))
             _wait(device)
 
-        seconds = repeat(step, repeats, WARMUP_STEPS)
+        plain = [_plain_step(config, batches, device)] if world_size == 1 else []
+        seconds, *plain_seconds = paired([step, *plain], repeats)
     finally:
         groups.stop()
-    timed, tokens = results[WARMUP_STEPS:], sum(sample.draw.tokens for pack in packs for sample in pack)
+    timed, tokens = results[-repeats:], sum(sample.draw.tokens for pack in packs for sample in pack)
     report = {
         "processes": world_size, "tokens_per_step": tokens, "fill": tokens / (len(packs) * config.data.token_budget),
         "engine": {
@@ -59,16 +69,17 @@ def bench_train(config: Config, repeats: int) -> dict[str, Any]:
             "optimizer_seconds": spread([result.optimizer_seconds for result in timed]),
             "assemble_seconds": spread(assemble_seconds), "peak_memory": peak_memory()},
     }
-    if world_size == 1:
-        seconds = _plain_steps(config, batches, device, repeats)
+    if plain_seconds:
+        (beside,) = plain_seconds
         report["plain_torch"] = {
             "about": f"weights, moments and gradients in {config.train.precision}, torch.optim.AdamW",
-            "step_seconds": spread(seconds), "tokens_per_second": rates(tokens, seconds)}
+            "step_seconds": spread(beside), "tokens_per_second": rates(tokens, beside)}
+        report["engine_over_plain"] = spread([mine / theirs for mine, theirs in zip(seconds, beside)])
     return report
 
 
-def _plain_steps(config: Config, batches: Sequence[PackedBatch], device: torch.device, repeats: int) -> list[float]:
-    """Seconds of the shortest training step one could write: the plain model, clipping and AdamW, no moving average."""
+def _plain_step(config: Config, batches: Sequence[PackedBatch], device: torch.device) -> Callable[[], None]:
+    """The shortest training step one could write: the plain model, clipping and AdamW, no moving average."""
     import torch
 
     from grn_scale.model import build_model
@@ -76,7 +87,9 @@ def _plain_steps(config: Config, batches: Sequence[PackedBatch], device: torch.d
 
     model = build_model(config.model, config.seed)
     model.to(device, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.lr)
+    settings = config.optimizer
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=settings.betas, eps=settings.eps,
+                                  weight_decay=settings.weight_decay)
 
     def step() -> None:
         for batch in batches:
@@ -86,7 +99,7 @@ def _plain_steps(config: Config, batches: Sequence[PackedBatch], device: torch.d
         optimizer.zero_grad()
         _wait(device)
 
-    return repeat(step, repeats, WARMUP_STEPS)
+    return step
 
 
 def _random_packs(config: Config) -> tuple[list[list[Sample]], dict[int, float]]:

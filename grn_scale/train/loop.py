@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grn_scale.batch import Draw, Sample
+from grn_scale.batch import Pack, Sample
 from grn_scale.config.schema import Config
 from grn_scale.data.ledger import record_step
 from grn_scale.data.loader import PackLoader, StepData
@@ -21,6 +21,7 @@ from grn_scale.model.pack import PackedBatch
 from grn_scale.train.bad_samples import BadSamples
 from grn_scale.train.heartbeat import Heart
 from grn_scale.train.metrics import MetricsLog
+from grn_scale.train.profiling import StepProfiler
 from grn_scale.train.progress import TrainingProgress
 from grn_scale.train.rollback import Rollbacks
 from grn_scale.train.schedule import learning_rate
@@ -66,8 +67,9 @@ class Run:
     stop: StopRequest
     heart: Heart
     stragglers: Stragglers
-    flops: Callable[[Sequence[Draw]], int]
-    """FLOPs of training on these draws."""
+    profiler: StepProfiler
+    flops: Callable[[Sequence[Pack]], tuple[int, int]]
+    """FLOPs of training on a step's packs: what the model needs, and what the devices carry out."""
     peak_flops: float | None
     """Of all devices together; None where it is not known."""
 
@@ -81,6 +83,7 @@ def train(run: Run, position: Position) -> bool:
     settings, spikes = run.config.train, SpikeJudge(run.config.spikes)
     not_finite, save_due = 0, False
     while position.step < settings.steps:
+        run.profiler.begin(position.step + 1)
         if settings.validate_every and position.step % settings.validate_every == 0:
             validate(run, position.step)
 
@@ -113,8 +116,11 @@ def train(run: Run, position: Position) -> bool:
         verdict, stop = spikes.judge(result.sums.loss), run.stop.agreed(result.sums.votes)
         if verdict is Verdict.SPIKE and not stop:
             run.heart.enter("restore", position.step)
-            position, save_due = run.rollbacks.go_back(position, result.sums.loss, spikes.limit()), False
-            continue
+            reached, position = position.step, run.rollbacks.go_back(position, result.sums.loss, spikes.limit())
+            if position.step < reached:  # else there is no checkpoint yet
+                run.loader.go_back(position.step)
+                save_due = False
+                continue
         last, in_doubt = position.step == settings.steps, verdict is not Verdict.FINE or not_finite > 0
         save_due = save_due or last or bool(stop) or position.step % settings.checkpoint_every == 0
         if save_due and (last or not in_doubt):
@@ -168,16 +174,17 @@ def metrics_row(run: Run, data: StepData, result: StepResult, rate: float, data_
     """One row of metrics.jsonl: what a step learned, how much it read, and where its time went."""
     draws = [draw for pack in data.packs for draw in pack.draws]
     tokens = sum(draw.tokens for draw in draws)
-    flops = run.flops(draws)
+    model_flops, hardware_flops = run.flops(data.packs)
     row = {
         "loss": result.sums.loss, "gradient_norm": result.gradient_norm, "learning_rate": rate,
-        "applied": int(result.applied), "samples": len(draws), "tokens": tokens,
+        "applied": int(result.applied), "packs": len(data.packs), "samples": len(draws), "tokens": tokens,
         "fill": tokens / (len(data.packs) * run.config.data.token_budget), "bad_samples": result.sums.bad_samples,
         "step_seconds": seconds, "data_wait_seconds": data_wait,
         "forward_backward_seconds": result.forward_backward_seconds, "optimizer_seconds": result.optimizer_seconds,
-        "tokens_per_second": tokens / seconds, "model_tflops_per_second": flops / seconds / 1e12,
+        "tokens_per_second": tokens / seconds, "model_tflops_per_second": model_flops / seconds / 1e12,
         **noise_bin_means(result.sums.bins),
     }
     if run.peak_flops:
-        row["mfu"] = flops / seconds / run.peak_flops
+        row["mfu"] = model_flops / seconds / run.peak_flops
+        row["hfu"] = hardware_flops / seconds / run.peak_flops
     return row

@@ -32,6 +32,7 @@ class TrainingProgress:
 
     def step(self, step: int, row: Mapping[str, Any]) -> None:
         status = f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s  {row['step_seconds']:.2f} s a step"
+        status += f"  MFU {row['mfu']:.1%}" if "mfu" in row else "  MFU n/a"
         self.bar.update(self.task, completed=step, status=status)
         if self.shown and self.bar.disable and step % self.every == 0:
             log.info("step %d: %s", step, status)

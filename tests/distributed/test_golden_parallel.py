@@ -1,6 +1,6 @@
 """The megatron-core model against recorded tensors of the reference (golden/manifest.json), on several layouts.
 
-The weights come the way a user's come: an official file, `grn-scale convert`, and the checkpoint that `train` resumes.
+The weights come the way a user's come: an official file, `grn-scale convert`, and `init.from`.
 """
 
 from __future__ import annotations

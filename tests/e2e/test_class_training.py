@@ -64,6 +64,12 @@ def test_a_class_model_trains_resumes_exactly_and_samples(dataset, trained, tmp_
                      str(output)]) == 0
     again = generate(load_model(tmp_path / "hf"), [0, 1, 2], ClassSamplingSettings(steps=4))
     assert torch.equal(again.labels, images.labels)
+    assert main(["convert", "--input", str(trained), "--from", "native", "--to", "native", "--output",
+                 str(tmp_path / "native")]) == 0
+    grn_scale(*arguments(dataset, tmp_path / "c", f"init.from={tmp_path}/native", "init.weights=ema", "train.steps=1",
+                         "schedule.warmup_start=0"))
+    assert all(torch.equal(load_weights(tmp_path / "c")[name], value)
+               for name, value in load_weights(trained, ema=True).items())
     text = ("model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "model.text_hidden_size=64")
     done = grn_scale("train", *text, f"data.dataset={dataset}/tokens", f"output={tmp_path}/b", "--resume", "must",
                      f"tokenizer.path={dataset}/tokenizer.safetensors", "model.latent_channels=4",

@@ -115,12 +115,45 @@ def test_training_starts_from_converted_weights(dataset, undisturbed, tmp_path) 
     assert main(["convert", "--input", str(official), "--from", "official", "--layout", "v2", "--to", "native",
                  "--output", str(native), "--model", str(write_model(tmp_path / "model.yaml"))]) == 0
     assert all(torch.equal(load_weights(native)[name], value) for name, value in load_weights(undisturbed).items())
-    done = grn_scale(*train_arguments(dataset, tmp_path / "run", "train.steps=1", "--resume", str(native)))
-    assert "starting from the weights" in done.stderr
+    done = grn_scale(*train_arguments(dataset, tmp_path / "run", "train.steps=1", f"init.from={native}"))
+    assert f"started from the raw weights of {native}/step-00000000 (step 0)" in done.stderr
     rows, before = (read_metrics(folder / "metrics.jsonl") for folder in (tmp_path / "run", undisturbed))
     assert rows[0]["validation_loss"] == pytest.approx(before[8]["validation_loss"], abs=1e-4)
-    done = grn_scale(*train_arguments(dataset, native, "--resume", "auto"), expect=2)
-    assert "holds weights alone" in done.stderr
+    done = grn_scale(*train_arguments(dataset, tmp_path / "other", "--resume", str(native)), expect=2)
+    assert "holds weights alone" in done.stderr and f"init.from={native}/step-00000000" in done.stderr
+
+
+def test_a_stage_starts_from_the_average_of_another_run_on_another_layout_and_is_then_resumed(
+        dataset, undisturbed, tmp_path) -> None:
+    stage = ("train.validate_every=0", f"init.from={undisturbed}", "init.weights=ema", "--resume", "auto")
+    still = ("parallel.tensor=2", "train.steps=1", "schedule.warmup_start=0")  # a first step at learning rate 0
+    done = grn_scale(*train_arguments(dataset, tmp_path / "run", *stage, *still), processes=2)
+    source = f"{undisturbed}/step-00000008"
+    assert f"started from the ema weights of {source} (step 8)" in done.stderr
+    for name, value in load_weights(undisturbed, ema=True).items():
+        assert torch.equal(load_weights(tmp_path / "run")[name], value)
+        assert torch.equal(load_weights(tmp_path / "run", ema=True)[name], value)
+    done = grn_scale(*train_arguments(dataset, tmp_path / "run", *stage, "train.steps=2"))
+    assert f"init.from={undisturbed} is not looked at" in done.stderr and "started from" not in done.stderr
+    states = [json.loads((tmp_path / f"run/step-0000000{step}/state.json").read_text()) for step in (1, 2)]
+    assert [state["updates"] for state in states] == [1, 2]
+    assert all(state["origin"] == {"path": source, "step": 8, "weights": "ema", "origin": None} for state in states)
+
+
+def test_another_model_is_refused_or_takes_what_fits_and_names_the_rest(dataset, undisturbed, tmp_path) -> None:
+    other = ("model.num_layers=2", "model.layout=v1", f"init.from={undisturbed}")
+    arguments = train_arguments(dataset, tmp_path / "run", *other, "train.steps=1", "schedule.warmup_start=0",
+                                "train.validate_every=0")
+    done = grn_scale(*arguments, expect=2)
+    assert "model.num_layers 4 -> 2" in done.stderr and "model.layout 'v2' -> 'v1'" in done.stderr
+    assert not (tmp_path / "run").exists()
+    done = grn_scale(*arguments, "init.partial=true")
+    there, here = load_weights(undisturbed), load_weights(tmp_path / "run")
+    alike = {name for name in here if name in there and there[name].shape == here[name].shape}
+    assert alike and all(torch.equal(here[name], there[name]) for name in alike)
+    named = re.findall(r"not taken from step-00000008: (\S+) ", done.stderr)
+    assert sorted(named) == sorted((here.keys() | there.keys()) - alike) != []
+    assert f"{len(alike)} tensors taken, {len(named)} not" in done.stderr and "model.layout 'v2' -> 'v1'" in done.stderr
 
 
 def test_a_corrupt_sample_is_recorded_once_and_more_than_the_limit_end_the_run_for_good(dataset, tmp_path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +31,7 @@ def golden_run_config(model: ModelConfig, budget: int, **parallel: object) -> Co
 
 
 def engine_on_golden(config: Config, checkpoint: Path, cases: Sequence[GoldenCase]) -> list[dict]:
-    """What this rank makes of each case, starting from the checkpoint as `train --resume` does.
+    """What this rank makes of each case, starting from the checkpoint as `train init.from=...` does.
 
     loss: weighted loss of the pack by gamma; and on ranks that hold the head, logits [P, its share of D, K],
     sample_loss and sample_correct [N]. norm: of the gradient; before, after: the weights around one step.
@@ -42,15 +41,16 @@ def engine_on_golden(config: Config, checkpoint: Path, cases: Sequence[GoldenCas
     from grn_scale.parallel import groups
 
     device = groups.start(config.parallel)
+    from grn_scale.checkpoint.origin import find_origin
+    from grn_scale.checkpoint.ranks import Ranks
     from grn_scale.parallel.engine import TrainEngine
-    from grn_scale.train.checkpoints import restore
+    from grn_scale.train.checkpoints import start
 
     try:
         engine = TrainEngine(config, device)
         results = []
         for case in cases:
-            # Of a plan only its start is asked for.
-            restore(engine, checkpoint, SimpleNamespace(start=lambda: None))
+            start(engine, find_origin(str(checkpoint), "raw", Ranks(groups.host())), data=None)
             found = {"loss": {}, "before": _weights(engine)}
             for gamma in sorted(set(GAMMA.values())):
                 with _watched_head(found):

@@ -22,7 +22,7 @@ AXES = {
     "context": (1, 2),
     "stage": (0, 1, 2, 3),
     "recompute": ("none", "selective", "full"),
-    "precision": ("fp32", "bf16"),
+    "numbers": (("fp32", "sgd"), ("fp32", "adamw"), ("bf16", "adamw")),
 }
 
 
@@ -36,7 +36,16 @@ class Layout:
     context: int = 1
     stage: int = 1
     recompute: str = "none"
-    precision: str = "fp32"
+    numbers: tuple[str, str] = ("fp32", "adamw")
+    """Precision and optimizer."""
+
+    @property
+    def precision(self) -> str:
+        return self.numbers[0]
+
+    @property
+    def optimizer(self) -> str:
+        return self.numbers[1]
 
     @property
     def world(self) -> int:
@@ -47,14 +56,15 @@ class Layout:
                  f"PP{self.pipeline}" if self.pipeline > 1 else "",
                  f"VPP{self.virtual_pipeline}" if self.virtual_pipeline > 1 else "",
                  f"CP{self.context}" if self.context > 1 else "", f"ZeRO{self.stage}",
-                 self.recompute if self.recompute != "none" else "", self.precision]
+                 self.recompute if self.recompute != "none" else "", *self.numbers]
         return "-".join(filter(None, parts))
 
     def config(self, **settings):
         """Its parity configuration; settings as of `parity_config`."""
         fields = dataclasses.asdict(self)
-        del fields["data"]
-        return parity_config(**fields, **settings)
+        del fields["data"], fields["numbers"]
+        fields |= {"precision": self.precision, "optimizer": self.optimizer}
+        return parity_config(**{**fields, **settings})
 
 
 def layouts(model: ModelConfig) -> list[Layout]:

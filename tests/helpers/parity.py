@@ -124,7 +124,7 @@ def plain_run(config: Config, steps: int, empty: bool = False,
     trace = Trace([], [], {}, average, {})
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = _rate(config, step, steps)
+            group["lr"] = rate(config, step, steps)
         loss_sum = 0.0
         for master in masters.values():
             master.grad = torch.zeros_like(master)
@@ -148,7 +148,7 @@ def plain_run(config: Config, steps: int, empty: bool = False,
     return trace
 
 
-def _rate(config: Config | ClassConfig, step: int, steps: int) -> float:
+def rate(config: Config | ClassConfig, step: int, steps: int) -> float:
     return learning_rate(step, config.optimizer.lr, config.schedule, steps)
 
 
@@ -190,18 +190,19 @@ def _engine_run(config: Config, steps: int, device: torch.device, empty: bool,
     scored = engine.evaluate(batches_of_step(0, config, range(rank, PACKS, size), empty, groups.context_parallel()))
     for step in range(steps):
         batches = batches_of_step(step, config, range(rank, PACKS, size), empty, groups.context_parallel())
-        result = engine.train_step(batches, _rate(config, step, steps))
+        result = engine.train_step(batches, rate(config, step, steps))
         assert result.applied
         losses.append(result.sums.loss)
         norms.append(result.gradient_norm)
     sections = engine.state_chunks()
+    engine.close()
     return {"losses": losses, "norms": norms, "scored": scored.loss, **{
         name: [(c.name, c.global_shape, c.offset, c.tensor.detach().float().clone().numpy()) for c in chunks]
         for name, chunks in sections.items()}}
 
 
 def _start_from(engine, weights: dict[str, torch.Tensor]) -> None:
-    """Give the engine these weights, as a resume from a checkpoint of weights alone does."""
+    """Give the engine these weights, as a start from init.from does."""
     sections = engine.restore_chunks(0)
     with torch.no_grad():
         for chunk in sections["model"]:
@@ -234,6 +235,7 @@ def run_with_a_poisoned_step(config: Config, where: str) -> dict:
                 assert engine.train_step(batches, config.optimizer.lr).applied
             found[name] = [(c.name, c.global_shape, c.offset, c.tensor.detach().float().clone().numpy())
                            for c in engine.state_chunks()["model"]]
+            engine.close()
         return found
     finally:
         parallel_state.destroy_model_parallel()

@@ -88,6 +88,11 @@ class RankPool:
     def alive(self) -> bool:
         return all(process.is_alive() for process in self.processes)
 
+    @property
+    def threads(self) -> int:
+        """Of the first process."""
+        return len(os.listdir(f"/proc/{self.processes[0].pid}/task"))
+
     def close(self) -> None:
         for process in self.processes:
             process.kill()
@@ -95,8 +100,14 @@ class RankPool:
             process.join()
 
 
+WORN_OUT = 300
+"""Threads of a process. DeepSpeed's ZeRO-3 keeps an engine that has trained, and with it process groups whose threads
+wake up a hundred times a second."""
+
+
 class RankPools:
-    """A pool for each number of processes, started when it is first needed, and anew where a case has killed it."""
+    """A pool for each number of processes, started when it is first needed, and anew where a case has killed it or many
+    have worn it out."""
 
     def __init__(self) -> None:
         self._pools: dict[int, RankPool] = {}
@@ -105,7 +116,10 @@ class RankPools:
         """`RankPool.run` on `size` processes."""
         if size not in self._pools or not self._pools[size].alive:
             self._pools[size] = RankPool(size)
-        return self._pools[size].run(name, **arguments)
+        results = self._pools[size].run(name, **arguments)
+        if self._pools[size].threads > WORN_OUT:
+            self._pools[size].close()
+        return results
 
     def close(self) -> None:
         for pool in self._pools.values():

@@ -34,6 +34,15 @@ def test_resolved_values_build_an_equal_configuration():
     assert build(Config, to_dict(config)) == config
 
 
+def test_init_from_is_written_as_it_is_read(tmp_path):
+    config = load_config(write(tmp_path, "init:\n  from: runs/a\n  weights: raw\n"), ["init.weights=ema"])
+    assert (config.init.from_, config.init.weights) == ("runs/a", "ema")
+    assert to_dict(config)["init"] == {"from": "runs/a", "weights": "ema", "partial": False}
+    assert build(Config, to_dict(config)) == config
+    assert "did you mean init.from?" in refusal(None, ["init.from_=runs/a"])
+    assert "init.from names nothing" in refusal(None, ["init.partial=true"])
+
+
 def test_section_may_name_a_file_beside_the_run_file_or_one_that_ships(tmp_path):
     write(tmp_path, "num_layers: 10\n", "mine.yaml")
     path = write(tmp_path, "model: mine.yaml\n")

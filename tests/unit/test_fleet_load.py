@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections import Counter
 
 import pytest
@@ -47,7 +48,7 @@ def storage(tmp_path):
 def job(storage, tmp_path):
     chunks = tuple(ManifestChunk(10 * i, 10, 4 * i + 1, 4, sha(i)) for i in range(CHUNKS))
     return Job(storage, tmp_path / "clips.jsonl", chunks, VideoSettings("t", 4, 4, 16.0, 9, 2),
-               TextSettings("e", 64, 32, True, "bf16"), tuple(sha("digest", i) for i in range(CHUNKS)), {}, frozenset())
+               TextSettings("e", 64, 32, True, "bf16"), tuple(sha("digest", i) for i in range(CHUNKS)), {})
 
 
 def record(job: Job, number: int, *bad: dict, digest: str = "", retries: int = 0) -> ChunkRecord:
@@ -215,6 +216,44 @@ def test_another_task_goes_on_with_the_status_and_the_last_one_says_how_it_ended
     assert json.loads(storage.read(STATUS_FILE))["state"] == "running" and tasks[1].latest["chunks"] == CHUNKS
     tasks[2].end("done")
     assert json.loads(storage.read(STATUS_FILE))["state"] == "done" and not storage.names("leases/")
+
+
+def test_what_a_former_run_left_is_not_taken_for_the_status_of_this_one(job, storage):
+    former = FleetStatus(job, Records(storage), Leases(storage, 60), 0.0)
+    former.refresh("running")
+    left = json.loads(storage.read(STATUS_FILE))
+    storage.write_bytes(STATUS_FILE, json.dumps({**left, "clips": 77, "state": "running"}).encode())
+    began = time.time()
+    mine = FleetStatus(job, Records(storage), Leases(storage, 60), began)  # the claim is a dead node's
+    for _ in range(2):
+        mine.refresh("running")
+    write_all(job)
+    speak(storage, "w0", 4)
+    mine.end("done")
+    assert mine.latest["clips"] == 0 and mine.latest["chunks"] == CHUNKS and mine.latest["workers"] == 1
+    assert mine.latest.keys() == left.keys() - {"state", "written"}
+
+
+def test_the_status_of_another_task_comes_without_its_state(job, storage):
+    keeper, other = (FleetStatus(job, Records(storage), Leases(storage, 60), 0.0) for _ in range(2))
+    speak(storage, "w0", 4)
+    for _ in range(2):
+        keeper.refresh("running")
+        other.refresh("running")
+    storage.taken()
+    other.end("done")
+    assert "read" in storage.taken() and other.latest == keeper.latest
+    assert other.latest["workers"] == 1 and not {"state", "written"} & other.latest.keys()
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"7", b'{"written": "now"}', b"\xff"])
+def test_a_status_file_of_another_form_is_not_believed(job, storage, content):
+    keeper, other = (FleetStatus(job, Records(storage), Leases(storage, 60), 0.0) for _ in range(2))
+    keeper.refresh("running")
+    before = dict(other.latest)
+    storage.path(STATUS_FILE).write_bytes(content)
+    other.refresh("running")
+    assert other.latest == before
 
 
 def test_who_keeps_the_status_gives_way_where_its_claim_was_taken_over(job, storage):

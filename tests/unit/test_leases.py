@@ -59,14 +59,16 @@ def test_a_holder_that_slept_leaves_the_claim_to_the_one_who_took_it(storage):
     with Leases(storage, 0.2) as slept, Leases(storage, 60) as busy:
         assert slept.claim("a") and slept.claim("b") and busy.claim("c")
         slept.check("a")
-        other_process(storage, "a")
+        with slept._lock:  # not between a renewal's look and its write
+            other_process(storage, "a")
         with pytest.raises(ClaimLost):
             slept.check("a")
         time.sleep(0.15)  # a time of renewal
         slept.release("a")
         assert json.loads(storage.read(FOLDER + "a"))["host"] == "far"
         slept.check("b")
-        storage.delete(FOLDER + "b")  # the other has taken it, done the work and given it back
+        with slept._lock:
+            storage.delete(FOLDER + "b")  # the other has taken it, done the work and given it back
         with pytest.raises(ClaimLost):
             slept.check("b")
         time.sleep(0.15)
@@ -75,7 +77,8 @@ def test_a_holder_that_slept_leaves_the_claim_to_the_one_who_took_it(storage):
         busy.release("c")
         with pytest.raises(ClaimLost):
             busy.check("c")
-        storage.write_bytes(FOLDER + "b", b"{")
+        with slept._lock:
+            storage.write_bytes(FOLDER + "b", b"{")
         with pytest.raises(ClaimLost):
             slept.check("b")
 
@@ -98,3 +101,9 @@ def test_a_claim_that_cannot_be_read_expires(tmp_path, content, caplog):
         time.sleep(0.15)
         assert mine.claim("a")
     assert "cannot be read" in caplog.text
+
+
+def test_a_folder_of_claims_that_cannot_be_written_is_an_error(tmp_path):
+    (tmp_path / "leases").write_text("")
+    with Leases(Storage.of(tmp_path), 60) as mine, pytest.raises(NotADirectoryError, match="leases"):
+        mine.claim("a")

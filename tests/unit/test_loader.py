@@ -340,7 +340,7 @@ def test_index_plan_prints_what_the_ranks_will_read_without_opening_a_shard(fold
 def test_index_plan_prints_lines_for_people(folder, capsys):
     assert index_command.main(["plan", *PLAN, f"data.dataset={folder}"]) == 0
     out = capsys.readouterr().out
-    assert "step 0  epoch 0  fill" in out and "rank 0  pack" in out and "clip0" in out
+    assert "step 0  epoch 0  4 packs  fill" in out and "rank 0  pack" in out and "clip0" in out
 
 
 @pytest.mark.parametrize(("extra", "message"), [

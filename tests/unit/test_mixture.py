@@ -253,8 +253,6 @@ def test_an_epoch_under_way_must_be_whole_up_to_the_window_it_has_come_to(folder
     ledger.write_text("".join(lines[1:-1]))
     (epoch,) = check_ledger(ledger)
     assert not epoch["exact"] and not epoch["finished"] and epoch["missing"] == len(json.loads(lines[0])["draws"])
-    ledger.write_text("")
-    assert check_ledger(ledger) == []
 
 
 def test_a_ledger_of_one_dataset_follows_it_to_another_folder(folders, tmp_path):
@@ -277,6 +275,25 @@ def test_ledgers_that_prove_nothing_are_refused(folders, tmp_path):
     (tmp_path / "config.yaml").write_text("data: 3\n")
     with pytest.raises(UserError, match="does not say the data section"):
         check_ledger(tmp_path / "ledger.jsonl")
+
+
+def test_a_ledger_without_steps_or_without_an_epoch_proves_nothing(folders, tmp_path, capsys):
+    write_ledger(tmp_path, data_of(folders, 1), epochs=4)
+    ledger = tmp_path / "ledger.jsonl"
+    lines = [(json.loads(line)["epoch"], line) for line in ledger.read_text().splitlines(keepends=True)]
+    assert [epoch["epoch"] for epoch in check_ledger(ledger)] == [0, 1, 2, 3]
+    ledger.write_text("".join(line for epoch, line in lines if epoch not in (1, 2)))
+    with pytest.raises(UserError, match="no step of the epochs 1 and 2, .*0 .*3"):
+        show_ledger(ledger, as_json=False)
+    ledger.write_text("".join(line for epoch, line in lines if epoch != 2))
+    with pytest.raises(UserError, match="no step of epoch 2"):
+        check_ledger(ledger)
+    ledger.write_text("".join(line for epoch, line in lines if epoch > 1))  # the run went on with that of another one
+    assert show_ledger(ledger, as_json=False) == 0 and "epoch 3" in capsys.readouterr().out
+    ledger.write_text("")
+    with pytest.raises(UserError, match="has no steps"):
+        show_ledger(ledger, as_json=True)
+    assert not capsys.readouterr().out
 
 
 def test_index_plan_shows_a_mixture(folders, tmp_path, capsys):

@@ -192,3 +192,24 @@ def test_a_claim_outlives_faults_that_pass(storage, faults):
         faults.before[:] = [OSError(errno.EIO, "broken")]
         assert not others.claim("a") and others.claimed() == {"a"} and not faults.before
     assert not storage.names(FOLDER)
+
+
+@pytest.mark.parametrize("number", [number for number in STAYING if number not in (errno.ENOENT, errno.EEXIST)])
+def test_a_claim_that_can_never_be_made_is_an_error_and_no_silent_wait(storage, faults, number):
+    with Leases(storage, 60) as mine, Leases(storage, 60) as others:
+        faults.before[:] = [OSError(number, os.strerror(number), "leases/a")]
+        if number == errno.ENOTDIR:  # as there is no file, it is to be made, and then it is an error
+            faults.before *= 2
+        with pytest.raises(OSError) as caught:
+            mine.claim("a")
+        assert caught.value.errno == number and mine.claim("a")
+        faults.before[:] = [OSError(errno.EIO, "broken")] * 4
+        assert not others.claim("a") and not faults.before
+
+
+def test_a_claim_that_was_made_although_the_answers_were_lost_is_ours(storage, faults):
+    with Leases(storage, 60) as mine, Leases(storage, 60) as others:
+        faults.after[:] = [OSError(errno.EIO, "broken")]
+        assert mine.claim("a")
+        storage.write_bytes(FOLDER + "b", mine._claim())
+        assert mine.claim("b") and not others.claim("b")

@@ -146,14 +146,3 @@ def test_a_plan_takes_over_a_state_between_epochs_only(data):
     plan, state = opened(data)
     with pytest.raises(ValueError, match="epoch 0 is under way"):
         plan.take_over(replace(state, position=1, snapshot="older"))
-
-
-def test_a_ramp_changes_how_many_packs_a_step_takes_and_none_of_the_packs(data):
-    plan, state = opened(data)
-    with loader_of(data, plan, state, packs_per_step=lambda step: 2 * step, step=1, dp_size=2) as steps:
-        taken = [next(steps).packs for _ in range(3)]
-    assert [len(packs) for packs in taken] == [2, 4, 6]
-    assert sum(taken, []) == plan.next_step(state, 12)[0]
-    with (loader_of(data, plan, state, packs_per_step=lambda step: 2 + step, dp_size=2) as steps,
-          pytest.raises(ValueError, match="3 packs cannot be cut for 2 ranks")):
-        list(steps)
