@@ -55,23 +55,40 @@ class Ranks:
         UserError: storage that refuses is no defect.
         """
         if not self.together:
-            try:
-                return [step()]
-            except OSError as error:
-                raise _for_people(error) from error
-        own: Exception | None = None
-        try:
-            outcome: Any = step()
-        except Exception as error:  # carried to the other ranks first, raised below
-            own, outcome = error, Failure.of(self.rank, error)
+            return [_alone(step)]
+        outcome, error = self._try(step)
         outcomes: list[Any] = [None] * self.size
         dist.all_gather_object(outcomes, outcome, group=self.group)
-        raise_failures([o for o in outcomes if isinstance(o, Failure)], own)
+        raise_failures([o for o in outcomes if isinstance(o, Failure)], error)
         return outcomes
 
     def first(self, step: Callable[[], T]) -> T:
-        """Result of `step`, run on the group's rank 0 alone, on every rank. An error is raised on all."""
-        return self.all(lambda: step() if self.rank == 0 else None)[0]
+        """Result of `step`, run on the group's rank 0 alone, on every rank. An error is raised on all.
+
+        Sent out once: gathering would make room for as much from every rank, and an index of chunks is large.
+        """
+        if not self.together:
+            return _alone(step)
+        outcome, error = self._try(step) if self.rank == 0 else (None, None)
+        box = [outcome]
+        dist.broadcast_object_list(box, group=self.group, group_src=0)
+        if isinstance(box[0], Failure):
+            raise_failures([box[0]], error)
+        return box[0]
+
+    def _try(self, step: Callable[[], T]) -> tuple[T | Failure, Exception | None]:
+        """What the other ranks learn, and the error to raise once they know."""
+        try:
+            return step(), None
+        except Exception as error:  # carried to the other ranks first, raised by the caller
+            return Failure.of(self.rank, error), error
+
+
+def _alone(step: Callable[[], T]) -> T:
+    try:
+        return step()
+    except OSError as error:
+        raise _for_people(error) from error
 
 
 def _for_people(error: BaseException) -> BaseException:

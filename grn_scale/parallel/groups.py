@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import resource
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,11 @@ TIMEOUT = datetime.timedelta(minutes=60)
 STORE_TIMEOUT = datetime.timedelta(seconds=30)
 HOST_TIMEOUT = datetime.timedelta(minutes=60)
 """Over the host group processes also wait for each other's files: a checkpoint is read back and hashed meanwhile."""
+
+GLOO_GROUPS = 2
+"""Those of all processes: for objects, and for saves in the background."""
+OTHER_FILES = 512
+"""What a process opens besides: shards, libraries, other groups."""
 
 _host: dist.ProcessGroup | None = None
 
@@ -47,6 +53,7 @@ def start(parallel: ParallelConfig) -> torch.device:
             # one process without a launcher: no port has to be agreed on
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
             os.environ["MASTER_PORT"] = "0"
+    _allow_connections(dist.get_world_size())
     if _host is None:
         # a dry run (fake_world.py) has one group that talks to nobody, for everything
         pretended = dist.get_backend() == dist.Backend.FAKE
@@ -66,6 +73,21 @@ def start(parallel: ParallelConfig) -> torch.device:
     # Nothing of ours draws from these generators, but sequence parallelism forks them.
     model_parallel_cuda_manual_seed(0, force_reset_rng=True)
     return device
+
+
+def _allow_connections(world: int) -> None:
+    """Make room for the connections of the gloo groups, each of which joins every process with every other one.
+
+    UserError where the system does not allow so many open files.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = GLOO_GROUPS * world + OTHER_FILES
+    allowed = needed if hard == resource.RLIM_INFINITY else hard
+    if needed > allowed:
+        raise UserError(f"a job of {world} processes needs {needed} open files in each, but the hard limit is {hard}: "
+                        "raise it (ulimit -Hn, LimitNOFILE of slurmd), or start fewer processes")
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _local_gpu() -> int:

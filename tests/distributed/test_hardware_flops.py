@@ -13,7 +13,9 @@ AGAIN = [{}, {"recompute": "selective"}, {"recompute": "full"},
 
 
 @pytest.mark.parametrize("layout", [
-    {}, {"tensor": 2}, {"tensor": 2, "sequence": False}, {"pipeline": 2}, {"context": 2}, {"stage": 3}])
+    {}, {"tensor": 2}, {"context": 2},
+    *(pytest.param(layout, marks=pytest.mark.slow)
+      for layout in ({"tensor": 2, "sequence": False}, {"pipeline": 2}, {"stage": 3}))])
 def test_all_processes_together_do_what_is_reported(pools: RankPools, layout):
     configs = [parity_config(**layout, **again) for again in (AGAIN if layout == {} else AGAIN[::2])]
     counted = pools.run(2, "tests.helpers.counted_flops:counted_steps", configs=configs)

@@ -1,7 +1,8 @@
 """Layout invariance: every layout trains like one process in plain torch (20 steps, mixed T2I, T2V, I2V packs).
 
 `--parity-seed N` and `--parity-shape hidden=..,layers=..,heads=..` repeat it with other numbers and another model.
-The quick suite takes layouts on up to four processes that cover every pair of features; `-m slow` takes them all.
+The quick suite takes layouts on up to two processes that cover every pair of features there, and a few on four;
+`-m slow` takes all others.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from tests.helpers.parity import MODEL, Trace, gather, parity_config, plain_run
 from tests.helpers.rank_pool import RankPools
 
 STEPS = 20
+TWO_CUTS = (Layout(tensor=2, pipeline=2, virtual_pipeline=2, recompute="selective", numbers=("fp32", "sgd")),
+            Layout(tensor=2, context=2, stage=3), Layout(data=2, context=2, stage=2, recompute="full"))
 ONE_STEP = {"optimizer": "sgd", "lr": 100.0, "clip_norm": 1e9, "warmup": 0}
 """SGD without clipping moves each weight by lr * gradient; a large lr keeps the digits of the gradient."""
 
@@ -36,7 +39,8 @@ def shape_of(text: str) -> ModelConfig:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "layout" in metafunc.fixturenames:
         every = layouts(shape_of(metafunc.config.getoption("--parity-shape")))
-        quick = set(pairwise([layout for layout in every if layout.world <= 4]))
+        # two features that cut the model need four processes, which is slow on a few cores
+        quick = {*pairwise([layout for layout in every if layout.world <= 2]), *TWO_CUTS}
         metafunc.parametrize("layout", [pytest.param(layout, id=str(layout), marks=[] if layout in quick else
                                                      [pytest.mark.slow]) for layout in every])
 

@@ -13,8 +13,9 @@ from tests.helpers.parity import gather
 
 SAVED_AT, STEPS = 6, 12
 SAVED = Layout(data=2, tensor=2, stage=1)
-RESUMED = [Layout(pipeline=2), Layout(data=4, stage=3), Layout(), Layout(data=2, context=2, stage=2),
-           Layout(pipeline=2, virtual_pipeline=2, recompute="full"), Layout(data=2, stage=0)]
+RESUMED = [Layout(pipeline=2), Layout(data=4, stage=3), Layout()]
+SLOWLY = [Layout(data=2, context=2, stage=2), Layout(pipeline=2, virtual_pipeline=2, recompute="full"),
+          Layout(data=2, stage=0)]
 
 
 IN_BF16 = [Layout(data=4, stage=3)]
@@ -53,7 +54,10 @@ def test_the_same_layout_continues_bit_for_bit(pools, uninterrupted, precision: 
 
 
 @pytest.mark.parametrize("precision,layout", [*(("fp32", layout) for layout in RESUMED),
-                                              *(("bf16", layout) for layout in IN_BF16)],
+                                              *(pytest.param("fp32", layout, marks=pytest.mark.slow)
+                                                for layout in SLOWLY),
+                                              *(pytest.param("bf16", layout, marks=pytest.mark.slow)
+                                                for layout in IN_BF16)],
                          indirect=["precision"], ids=str)
 def test_another_layout_continues_within_the_bounds(pools, uninterrupted, precision: str, layout: Layout) -> None:
     folder, expected = uninterrupted

@@ -125,8 +125,11 @@ def key_of(number: int) -> str:
 def train(config: Config, ports: tuple[int, int]) -> None:
     """A training run from scratch. It leaves the pool's group, so that it and the next case meet at ports of their own.
     """
+    from grn_scale.parallel import groups
     from grn_scale.pretrain.train import train_run
 
+    if torch.distributed.is_initialized():
+        groups.stop()
     os.environ["MASTER_PORT"] = str(ports[0])
     try:
         train_run(config, "none")
