@@ -42,7 +42,8 @@ def of_model(layout: str, name: str) -> list[GoldenCase]:
     return [case for case in ALL_CASES if (case.layout, case.model) == (layout, name)]
 
 
-RUNS = [pytest.param(parallel, layout, name, id=f"{parallel}-{layout}-{name}")
+RUNS = [pytest.param(parallel, layout, name, id=f"{parallel}-{layout}-{name}",
+                     marks=[pytest.mark.slow] * (parallel == "TP2 without SP"))
         for parallel, (ranks, settings) in LAYOUTS.items() for layout in GAMMA for name in CASES["models"]
         if of_model(layout, name) and fits(of_model(layout, name)[0].config, ranks, **settings)]
 

@@ -21,7 +21,7 @@ SLOWLY = [Layout(data=2, context=2, stage=2), Layout(pipeline=2, virtual_pipelin
 IN_BF16 = [Layout(data=4, stage=3)]
 
 
-@pytest.fixture(scope="module", params=["fp32", "bf16"])
+@pytest.fixture(scope="module", params=["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def precision(request) -> str:
     return request.param
 

@@ -1,4 +1,4 @@
-"""Every way to lay a training job out over up to eight processes, and few of them that cover all pairs of features."""
+"""Every way to lay a training job out over up to eight processes, and few of them that meet every ZeRO stage."""
 
 from __future__ import annotations
 
@@ -83,14 +83,14 @@ def layouts(model: ModelConfig) -> list[Layout]:
     return found
 
 
-def pairwise(candidates: Sequence[Layout]) -> list[Layout]:
-    """Few of the candidates in which every pair of values of two axes occurs that occurs in any of them.
+def few(candidates: Sequence[Layout]) -> list[Layout]:
+    """Few of the candidates in which every feature meets every ZeRO stage that it meets in any of them.
 
     Greedy: always the one with the most pairs that are new; of equal ones that with the fewest processes.
     """
 
     def pairs(layout: Layout) -> set:
-        return set(itertools.combinations([(axis, getattr(layout, axis)) for axis in AXES], 2))
+        return {(layout.stage, axis, getattr(layout, axis)) for axis in AXES}
 
     open_pairs = set().union(*map(pairs, candidates))
     chosen: list[Layout] = []
