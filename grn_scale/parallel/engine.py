@@ -80,12 +80,11 @@ class TrainEngine:
         self.parameters = {f"{i}.{name}": p for i, s in enumerate(self.stages) for name, p in s.named_parameters()}
         self.placements = {f"{i}.{name}": p for i, s in enumerate(self.stages) for name, p in s.placements.items()}
         shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
-        vector = max((p.numel() for p in self.parameters.values() if p.dim() <= 1), default=0)
         # DeepSpeed prints its memory use while it builds the optimizer; stdout is for results.
         with contextlib.redirect_stdout(io.StringIO()):
             self.engine, *_ = deepspeed.initialize(
                 model=self.stages[0] if len(self.stages) == 1 else torch.nn.ModuleList(self.stages),
-                optimizer=self._optimizer(), config=deepspeed_config(config, self.replicas, vector),
+                optimizer=self._optimizer(), config=deepspeed_config(config, self.replicas, self.parameters.values()),
                 mpu=DeepSpeedTopology(), dist_init_required=False)
         # reduce_gradients must take what the schedule has accumulated rather than wait for hooks
         self.engine.pipeline_parallelism = config.parallel.pipeline > 1
@@ -273,4 +272,4 @@ class TrainEngine:
         groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         if settings.name == "sgd":
             return torch.optim.SGD(groups, lr=settings.lr)
-        return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
+        return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)

@@ -43,7 +43,7 @@ def seed_moments(optimizer: torch.optim.Optimizer, flats: Iterable[torch.Tensor]
     flats: the tensors it steps on.
     """
     for flat in flats:
-        optimizer.state[flat] = {"step": torch.tensor(float(step)),
+        optimizer.state[flat] = {"step": torch.tensor(float(step), device=flat.device),
                                  **{key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS}}
 
 

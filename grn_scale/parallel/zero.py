@@ -7,7 +7,8 @@ have to see every forward and backward pass of the model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 
 import deepspeed
 import torch
@@ -18,20 +19,28 @@ from grn_scale.parallel.fragments import Fragment
 
 DeepSpeed = deepspeed.DeepSpeedEngine
 
+BUCKET = 50_000_000
+"""Elements that are reduced or gathered in one collective. DeepSpeed holds two such buffers, in fp32 200 MB each; its
+own default of ten times as many takes 2 to 4 GB of every GPU."""
+
 
 def sees_every_pass(stage: int) -> bool:
     """Whether the model must be called through DeepSpeed (and so without pipeline stages)."""
     return stage >= 2
 
 
-def deepspeed_config(config: Config, replicas: int, vector: int) -> dict:
-    """DeepSpeed's configuration. replicas: processes that hold the same weights; vector: elements of the largest
-    one-dimensional parameter, which stage 3 keeps whole: gathering such small ones again and again costs latency only.
-    """
+def deepspeed_config(config: Config, replicas: int, parameters: Collection[torch.nn.Parameter]) -> dict:
+    """DeepSpeed's configuration. replicas: processes that hold the same weights; parameters: of this process."""
     stage, offload = config.zero.stage, config.zero.offload_optimizer
-    zero = {"stage": stage, "overlap_comm": sees_every_pass(stage)}
+    # a larger parameter would be reduced outside of the buffers, a larger buffer never fills
+    largest, total = max(p.numel() for p in parameters), sum(p.numel() for p in parameters)
+    # DeepSpeed gathers from even positions
+    bucket = 2 * math.ceil(min(max(BUCKET, largest), total) / 2)
+    zero = {"stage": stage, "overlap_comm": sees_every_pass(stage), "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket}
     if sees_every_pass(stage):
-        zero["stage3_param_persistence_threshold"] = vector + 1
+        # vectors stay whole: gathering such small ones again and again costs latency only
+        zero["stage3_param_persistence_threshold"] = max((p.numel() for p in parameters if p.dim() <= 1), default=0) + 1
     if offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     settings = {

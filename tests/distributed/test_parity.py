@@ -153,6 +153,15 @@ def test_settings_beside_the_matrix_train_alike(pools, settings: dict) -> None:
     assert all(relative(found[name], weight) <= 1e-4 for name, weight in expected.weights.items())
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_gradients_that_take_many_collectives_train_alike(pools, stage: int) -> None:
+    expected, config = reference(5), parity_config(stage=stage)
+    results = pools.run(2, "tests.helpers.parity:engine_run_in_buckets", config=config, steps=5, elements=2500)
+    assert results[0]["losses"] == pytest.approx(expected.losses, rel=1e-5)
+    found = gather(results, "model")
+    assert all(relative(found[name], weight) <= 1e-4 for name, weight in expected.weights.items())
+
+
 @pytest.mark.parametrize("settings", [
     {"stage": 0}, {"stage": 1}, {"precision": "bf16"}, {"stage": 2}, {"stage": 3, "precision": "bf16"}, {"context": 2}],
     ids=str)

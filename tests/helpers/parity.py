@@ -163,6 +163,16 @@ def engine_run(config: Config, steps: int, empty: bool = False, start: dict[str,
     return engine_runs([(config, steps)], empty, start)[0]
 
 
+def engine_run_in_buckets(config: Config, steps: int, elements: int) -> dict:
+    """`engine_run` in which a collective carries so few elements that every step takes many."""
+    from unittest import mock
+
+    from grn_scale.parallel import zero
+
+    with mock.patch.object(zero, "BUCKET", elements):
+        return engine_run(config, steps)
+
+
 def engine_runs(runs: Sequence[tuple[Config, int]], empty: bool = False,
                 start: dict[str, torch.Tensor] | None = None) -> list[dict]:
     """`engine_run` of several configurations of one layout, in the same process groups: making those is what costs."""
