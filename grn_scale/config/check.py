@@ -45,7 +45,7 @@ def check_output(folder: str | Path) -> None:
 def check_layout(config: Config, world_size: int) -> None:
     """ConfigError unless the model, the global batch and the degrees of parallelism fit `world_size` processes."""
     _refuse([*_tensor_rules(config), *_context_rules(config), *_pipeline_rules(config),
-             *_world_rules(config, world_size), *_zero_rules(config)])
+             *_world_rules(config, world_size), *_zero_rules(config), *_kernel_rules(config)])
 
 
 def check_training(config: Config, dataset: DatasetInfo) -> None:
@@ -168,3 +168,9 @@ def _zero_rules(config: Config) -> Iterator[str]:
     if config.zero.stage == 0 and config.train.precision == "bf16":
         yield ("zero.stage is 0 with train.precision bf16, but DeepSpeed keeps fp32 masters and accumulates in fp32 "
                "only where it shards the optimizer: set zero.stage=1, or train.precision=fp32")
+
+
+def _kernel_rules(config: Config) -> Iterator[str]:
+    if config.kernels.cross_entropy != "torch" and config.model.label_form == "bit":
+        yield (f"kernels.cross_entropy is {config.kernels.cross_entropy} with model.label_form=bit, but two classes "
+               "need a softplus and no softmax: set kernels.cross_entropy=torch")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
+from grn_scale.config.kernel_schema import KernelsConfig
 from grn_scale.config.rules import require, require_choice, require_positive
 from grn_scale.config.schema import AdaptiveConfig, Config, LabelledShape, NoiseConfig
 
@@ -125,12 +126,17 @@ class ClassConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("tensor", "pipeline", "virtual_pipeline"):
+        for name in ("tensor", "pipeline", "virtual_pipeline", "context"):
             value = getattr(self.parallel, name)
             require(value == 1, f"parallel.{name} is {value}, but a class-to-image model trains in plain data "
                     f"parallel: parallel.{name}=1")
         require(self.parallel.recompute == "none", f"parallel.recompute is {self.parallel.recompute}, but a "
                 "class-to-image model keeps its activations: parallel.recompute=none")
+        mine = KernelsConfig(adamw=self.kernels.adamw)
+        for name in (each.name for each in fields(KernelsConfig)):
+            value, only = getattr(self.kernels, name), getattr(mine, name)
+            require(value == only, f"kernels.{name} is {value}, but a class-to-image model has no other kernels to "
+                    f"choose from: kernels.{name}={only}")
 
 
 SCHEMAS = (Config, ClassConfig)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from grn_scale.config.data_schema import DataConfig, TextConfig, TokenizeConfig, TokenizerConfig
+from grn_scale.config.kernel_schema import KernelsConfig
 from grn_scale.config.rules import require, require_choice, require_positive
 from grn_scale.config.run_schema import InitConfig, ProfileConfig, SpikesConfig, StopConfig, WatchdogConfig
 
@@ -303,6 +304,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
     stop: StopConfig = field(default_factory=StopConfig)
     spikes: SpikesConfig = field(default_factory=SpikesConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)

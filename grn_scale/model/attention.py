@@ -1,44 +1,56 @@
-"""Exact attention inside the samples of a packed sequence."""
+"""Exact attention inside the samples of a packed sequence: which rows meet which, whatever kernel computes it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import groupby
+
 import torch
-import torch.nn.functional as F
 
-from grn_scale.model.sequence import SequenceLayout
+from grn_scale.model.attention_kernels import AttentionKernels, sdpa
+from grn_scale.model.sequence import AttentionGroup, SequenceLayout
 
-SHORT_ON_CPU = 256
-"""Keys of a segment up to which an explicit softmax beats torch's CPU kernel (its bf16 backward, fourfold at 23)."""
+DEFAULT = AttentionKernels(sdpa)
 
 
-def packed_attention(q_SHE: torch.Tensor, k_SHE: torch.Tensor, v_SHE: torch.Tensor,
-                     layout: SequenceLayout) -> torch.Tensor:
+def packed_attention(q_SHE: torch.Tensor, k_SHE: torch.Tensor, v_SHE: torch.Tensor, layout: SequenceLayout,
+                     kernels: AttentionKernels = DEFAULT) -> torch.Tensor:
     """Attention outputs [S, heads, head_size]: each row over the keys its segment may see; 0 on padding rows.
 
-    Scale head_size^-0.5, no mask: segments of equal length run as one batched call.
+    Scale head_size^-0.5, no mask. Segments of equal length run as one batched call; neighbours of any length as one
+    call where `kernels` has a kernel for that.
     """
     if not layout.groups:
         # An empty pack: zeros that stay in the graph. A parameter without a gradient would take part neither in
         # this rank's norm nor in its collectives, and ranks would differ.
         return (q_SHE + k_SHE + v_SHE) * 0
-    outputs = []
-    for group in layout.groups:
-        q = q_SHE[group.start:group.stop]
-        if group.keys is None:
-            k, v = k_SHE[group.start:group.stop], v_SHE[group.start:group.stop]
+    outputs, segment = [], 0
+    for at_once, run in groupby(layout.groups, key=lambda group: kernels.at_once(group.key_length)):
+        groups = list(run)
+        count = sum(group.count for group in groups)
+        if at_once:
+            q, k, v = q_SHE[groups[0].start:groups[-1].stop], _seen(k_SHE, groups), _seen(v_SHE, groups)
+            starts = (x[segment:segment + count + 1] - x[segment] for x in (layout.query_starts, layout.key_starts))
+            outputs.append(kernels.many(q, k, v, *starts, max(g.length for g in groups),
+                                        max(g.key_length for g in groups)))
         else:
-            k, v = k_SHE.index_select(0, group.keys), v_SHE.index_select(0, group.keys)
-        # [count, heads, length, head_size]
-        q, k, v = (x.unflatten(0, (group.count, -1)).transpose(1, 2) for x in (q, k, v))
-        out = _attend(q, k, v)
-        outputs.append(out.transpose(1, 2).flatten(0, 1))
+            outputs += [_batched(q_SHE, k_SHE, v_SHE, group, kernels) for group in groups]
+        segment += count
     outputs.append(q_SHE.new_zeros(layout.length - layout.groups[-1].stop, *q_SHE.shape[1:]))
     return torch.cat(outputs)
 
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """[count, heads, length, head_size] each; softmax in fp32."""
-    if q.device.type != "cpu" or k.shape[2] > SHORT_ON_CPU:
-        return F.scaled_dot_product_attention(q, k, v)
-    scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
-    return scores.softmax(dim=-1).to(v.dtype) @ v
+def _batched(q_SHE: torch.Tensor, k_SHE: torch.Tensor, v_SHE: torch.Tensor, group: AttentionGroup,
+             kernels: AttentionKernels) -> torch.Tensor:
+    # [count, heads, length, head_size]
+    q, k, v = (x.unflatten(0, (group.count, -1)).transpose(1, 2) for x in
+               (q_SHE[group.start:group.stop], _seen(k_SHE, [group]), _seen(v_SHE, [group])))
+    return kernels.equal(q, k, v).transpose(1, 2).flatten(0, 1)
+
+
+def _seen(x_SHE: torch.Tensor, groups: Sequence[AttentionGroup]) -> torch.Tensor:
+    """Keys or values of neighbouring groups, segment by segment."""
+    if all(group.keys is None for group in groups):
+        return x_SHE[groups[0].start:groups[-1].stop]
+    return torch.cat([x_SHE[group.start:group.stop] if group.keys is None else x_SHE.index_select(0, group.keys)
+                      for group in groups])

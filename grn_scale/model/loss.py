@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,18 +23,28 @@ class LabelLoss(NamedTuple):
     """fp32 [N]: number of labels predicted right."""
 
 
+CrossEntropy = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(logits [N, K], true classes [N] as int64) -> fp32 [N] in nats."""
+
+
+def cross_entropy(logits_NK: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+    """`CrossEntropy` in plain torch."""
+    return F.cross_entropy(logits_NK, targets_N, reduction="none")
+
+
 def label_loss(scores: torch.Tensor, targets_PD: torch.Tensor, sample_P: torch.Tensor,
-               label_weight_N: torch.Tensor) -> LabelLoss:
+               label_weight_N: torch.Tensor, entropy: CrossEntropy = cross_entropy) -> LabelLoss:
     """LabelLoss of scores as `Head` gives them ([P, D] for two classes, else [P, D, K]).
 
-    sample_P: sample of each predicted token; label_weight_N: sample weight / (predicted tokens * D).
+    sample_P: sample of each predicted token; label_weight_N: sample weight / (predicted tokens * D); entropy: for more
+    than two classes.
     """
     if scores.dim() == 2:
         sign = 1.0 - 2.0 * targets_PD.float()
         loss = F.softplus(sign * scores)
         correct = (scores > 0) == (targets_PD > 0)
     else:
-        loss = F.cross_entropy(scores.flatten(0, 1), targets_PD.flatten().long(), reduction="none").view_as(targets_PD)
+        loss = entropy(scores.flatten(0, 1), targets_PD.flatten().long()).view_as(targets_PD)
         correct = scores.argmax(dim=-1) == targets_PD
     per_token = loss.sum(dim=1)
     zeros = torch.zeros_like(label_weight_N)

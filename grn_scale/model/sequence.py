@@ -9,7 +9,7 @@ The order has no influence on any result, because positions are explicit and sam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
@@ -55,6 +55,11 @@ class AttentionGroup:
     def stop(self) -> int:
         return self.start + self.count * self.length
 
+    @property
+    def key_length(self) -> int:
+        """Keys that a segment sees."""
+        return self.length if self.keys is None else len(self.keys) // self.count
+
     def to(self, device: torch.device) -> AttentionGroup:
         keys = None if self.keys is None else self.keys.to(device)
         return AttentionGroup(self.start, self.count, self.length, keys)
@@ -86,6 +91,10 @@ class SequenceLayout:
     """fp32 [S, head_size / 2]; padding rows are not turned."""
     sin: torch.Tensor
     groups: tuple[AttentionGroup, ...]
+    query_starts: torch.Tensor
+    """int32 [segments + 1]: queries before each segment, in the order of `groups`."""
+    key_starts: torch.Tensor
+    """int32 [segments + 1]: keys before each segment."""
 
     @property
     def predicted_rows(self) -> torch.Tensor:
@@ -242,7 +251,15 @@ def _sequence(grids: Sequence[Grid], places: _Places, head_size: int, length: in
         visual_sample=torch.arange(len(grids)).repeat_interleave(torch.tensor(visual, dtype=torch.int64)),
         visual_index=ranges([0] * len(grids), visual),
         predicted=ranges([b + f for b, f in zip(before, frame)], [v - f for v, f in zip(visual, frame)]),
-        cos=cos, sin=sin, groups=tuple(places.groups))
+        cos=cos, sin=sin, groups=tuple(places.groups),
+        query_starts=_starts((group.length, group.count) for group in places.groups),
+        key_starts=_starts((group.key_length, group.count) for group in places.groups))
+
+
+def _starts(runs: Iterable[tuple[int, int]]) -> torch.Tensor:
+    """int32: what comes before each of the segments of (length, count), and all of it."""
+    lengths = [length for length, count in runs for _ in range(count)]
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
 
 
 @lru_cache(maxsize=64)

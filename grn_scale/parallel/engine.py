@@ -24,8 +24,9 @@ from grn_scale.model.pack import PackedBatch
 from grn_scale.parallel.class_stage import ClassStage
 from grn_scale.parallel.cpu_seam import schedule_device
 from grn_scale.parallel.fragments import MOMENTS, fragment_chunks, seed_moments, update_average
+from grn_scale.parallel.fused import adamw, choose
 from grn_scale.parallel.groups import DeepSpeedTopology
-from grn_scale.parallel.layers import transformer_config
+from grn_scale.parallel.layers import layer_config
 from grn_scale.parallel.stage import GRNStage
 from grn_scale.parallel.zero import (
     after_skipped_step,
@@ -262,8 +263,9 @@ class TrainEngine:
         model, parallel = self.config.model, self.config.parallel
         if isinstance(model, ClassModelConfig):
             return [ClassStage(model, self.dtype)]
-        transformer, virtual = transformer_config(model, parallel, self.dtype), parallel.virtual_pipeline
-        return [GRNStage(model, transformer, i if virtual > 1 else None) for i in range(virtual)]
+        layers = layer_config(model, parallel, choose(self.config.kernels, self.device, self.dtype), self.dtype)
+        virtual = parallel.virtual_pipeline
+        return [GRNStage(model, layers, i if virtual > 1 else None) for i in range(virtual)]
 
     def _optimizer(self) -> torch.optim.Optimizer:
         settings = self.config.optimizer
@@ -272,4 +274,4 @@ class TrainEngine:
         groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         if settings.name == "sgd":
             return torch.optim.SGD(groups, lr=settings.lr)
-        return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+        return adamw(groups, settings, self.config.kernels.adamw)

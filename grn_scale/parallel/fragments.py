@@ -42,6 +42,8 @@ def seed_moments(optimizer: torch.optim.Optimizer, flats: Iterable[torch.Tensor]
 
     flats: the tensors it steps on.
     """
+    for group in optimizer.param_groups:
+        group["step"] = step  # where apex and Transformer Engine count; torch counts beside the moments
     for flat in flats:
         optimizer.state[flat] = {"step": torch.tensor(float(step), device=flat.device),
                                  **{key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS}}

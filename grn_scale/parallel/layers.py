@@ -24,10 +24,10 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from grn_scale.config.schema import ModelConfig, ParallelConfig
 from grn_scale.model.attention import packed_attention
-from grn_scale.model.rope import rotate
 from grn_scale.model.sequence import SequenceLayout
 from grn_scale.model.sequence_part import SequencePart
 from grn_scale.model.transformer import NORM_EPS
+from grn_scale.parallel.fused import Kernels
 from grn_scale.parallel.ulysses import gather_rows, scatter_rows
 
 
@@ -44,28 +44,35 @@ class PackedSequence:
     qkv_format: str = "sbhd"
 
 
+@dataclass
+class LayerConfig(TransformerConfig):
+    """megatron's view of the model and the layout, and the kernels that our parts of a layer run."""
+
+    kernels: Kernels | None = None
+
+
 class ParallelRMSNorm(torch.nn.Module):
     """`grn_scale.model.transformer.RMSNorm` whose weight's gradient is summed over tensor-parallel ranks
     where each of them sees only a part of the rows or heads."""
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+    def __init__(self, config: LayerConfig, hidden_size: int, eps: float) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.norm = eps, config.kernels.norm
         self.weight = torch.nn.Parameter(torch.ones(hidden_size))
         self.sum_gradient = config.tensor_model_parallel_size > 1 and self.sees_a_part(config)
 
-    def sees_a_part(self, config: TransformerConfig) -> bool:
+    def sees_a_part(self, config: LayerConfig) -> bool:
         return config.sequence_parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = copy_to_tensor_model_parallel_region(self.weight) if self.sum_gradient else self.weight
-        return F.rms_norm(x.float(), x.shape[-1:], weight.float(), self.eps).to(x.dtype)
+        return self.norm(x, weight, self.eps)
 
 
 class LocalHeadsRMSNorm(ParallelRMSNorm):
     """Norm of queries or keys: each rank holds some of the heads."""
 
-    def sees_a_part(self, config: TransformerConfig) -> bool:
+    def sees_a_part(self, config: LayerConfig) -> bool:
         return True
 
 
@@ -75,8 +82,9 @@ class PackedCoreAttention(torch.nn.Module):
     Under context parallelism this rank comes with its rows of all these heads, and attends with some heads of all rows.
     """
 
-    def __init__(self, config: TransformerConfig, layer_number: int, **_unused: object) -> None:
+    def __init__(self, config: LayerConfig, layer_number: int, **_unused: object) -> None:
         super().__init__()
+        self.kernels = config.kernels
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                 attention_mask: torch.Tensor | None, attn_mask_type: AttnMaskType | None = None,
@@ -85,13 +93,14 @@ class PackedCoreAttention(torch.nn.Module):
         """[S, 1, heads, head_size] each -> [S, 1, heads * head_size]."""
         layout, part = packed_seq_params.layout, packed_seq_params.part
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        rotate, attention = self.kernels.rotate, self.kernels.attention
         if part is None:
             query, key = (rotate(x, layout.cos, layout.sin) for x in (query, key))
-            out = packed_attention(query, key, value, layout)
+            out = packed_attention(query, key, value, layout, attention)
         else:
             group = parallel_state.get_context_parallel_group()
             query, key = (rotate(x, layout.cos[part.rows], layout.sin[part.rows]) for x in (query, key))
-            out = packed_attention(*gather_rows(query, key, value, group), layout)
+            out = packed_attention(*gather_rows(query, key, value, group), layout, attention)
             out = scatter_rows(out, value.shape[1], group)
         return out.flatten(1).unsqueeze(1)
 
@@ -115,10 +124,11 @@ def layer_spec() -> ModuleSpec:
             mlp_bda=get_bias_dropout_add))
 
 
-def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
-    """megatron's view of the model and the layout."""
+def layer_config(model: ModelConfig, parallel: ParallelConfig, kernels: Kernels, dtype: torch.dtype) -> LayerConfig:
+    """What the layers are built from."""
     cuda = torch.cuda.is_available()
-    return TransformerConfig(
+    return LayerConfig(
+        kernels=kernels,
         num_layers=model.num_layers, hidden_size=model.hidden_size, num_attention_heads=model.num_heads,
         num_query_groups=model.num_heads, kv_channels=model.head_size, ffn_hidden_size=model.ffn_hidden_size,
         gated_linear_unit=True, activation_func=F.silu, add_bias_linear=False, normalization="RMSNorm",
@@ -133,6 +143,6 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
         recompute_num_layers=1 if parallel.recompute == "full" else None,
         # weights are drawn by name, and the loss is divided by one planned denominator
         perform_initialization=False, use_cpu_initialization=not cuda, calculate_per_token_loss=True,
-        bias_activation_fusion=False, bias_dropout_fusion=False, apply_rope_fusion=False,
+        bias_activation_fusion=kernels.compiled, bias_dropout_fusion=False, apply_rope_fusion=False,
         masked_softmax_fusion=False, gradient_accumulation_fusion=False,
         batch_p2p_comm=cuda, deallocate_pipeline_outputs=cuda)

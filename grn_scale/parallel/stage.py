@@ -18,23 +18,23 @@ from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from grn_scale.config.schema import ModelConfig
 from grn_scale.model.initialize import initial_tensor
 from grn_scale.model.loss import LabelLoss, label_loss
 from grn_scale.model.pack import PackedBatch
 from grn_scale.model.transformer import NORM_EPS, InputEmbedding, binary_scores
-from grn_scale.parallel.layers import PackedSequence, layer_spec
+from grn_scale.parallel.layers import LayerConfig, PackedSequence, layer_spec
 from grn_scale.parallel.placement import Placement, head_placements, layer_placements, whole
 
 
 class ParallelHead(torch.nn.Module):
     """The head on this rank's label channels; the loss needs no logits of other ranks."""
 
-    def __init__(self, config: ModelConfig, transformer: TransformerConfig) -> None:
+    def __init__(self, config: ModelConfig, transformer: LayerConfig) -> None:
         super().__init__()
         self.config, self.sequence_parallel = config, transformer.sequence_parallel
+        self.entropy = transformer.kernels.cross_entropy
         self.tensor_size = parallel_state.get_tensor_model_parallel_world_size()
         self.channels = config.label_channels // self.tensor_size
         first = parallel_state.get_tensor_model_parallel_rank() * self.channels
@@ -60,7 +60,8 @@ class ParallelHead(torch.nn.Module):
         else:
             scores = F.linear(x_PC, self.proj.weight.float(), self.proj.bias.float())
             scores = scores.unflatten(-1, (self.channels, self.config.classes))
-        loss = label_loss(scores, batch.targets_PD[:, self.channel_slice], batch.sample_P, batch.label_weight_N)
+        loss = label_loss(scores, batch.targets_PD[:, self.channel_slice], batch.sample_P, batch.label_weight_N,
+                          self.entropy)
         if self.tensor_size == 1:
             return loss
         with torch.no_grad():
@@ -75,7 +76,7 @@ class GRNStage(MegatronModule):
     last stage a `LabelLoss`: under context parallelism the share of it that comes from these rows.
     """
 
-    def __init__(self, config: ModelConfig, transformer: TransformerConfig, vp_stage: int | None = None) -> None:
+    def __init__(self, config: ModelConfig, transformer: LayerConfig, vp_stage: int | None = None) -> None:
         super().__init__(config=transformer)
         self.model_config, self.vp_stage, self.model_type = config, vp_stage, ModelType.encoder_or_decoder
         self.is_first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)

@@ -9,6 +9,7 @@
     grn-scale bench plan --samples 100000000                          planning of a dataset of any size
     grn-scale bench train --config configs/runs/demo.yaml             also under torchrun or srun
     grn-scale bench checkpoint --megabytes 400 --ranks 2              how long training waits for a save
+    grn-scale bench gpu --tokens 16384,40960                          kernels, and how much of a GPU training uses
 
 Where the configuration names no manifest or dataset, inputs of the configured size are made in a temporary folder.
 "packing" and "plan" do not depend on the configuration.
@@ -31,6 +32,8 @@ from grn_scale.errors import EXIT_FAILED, ConfigError
 from grn_scale.perf.bench_checkpoint import bench_checkpoint
 from grn_scale.perf.bench_data import bench_data
 from grn_scale.perf.bench_fleet import bench_fleet
+from grn_scale.perf.bench_gpu import DEFAULT_CONFIG as GPU_CONFIG
+from grn_scale.perf.bench_gpu import bench_gpu
 from grn_scale.perf.bench_packing import bench_packing
 from grn_scale.perf.bench_plan import bench_plan
 from grn_scale.perf.bench_tokenize import bench_tokenize
@@ -39,21 +42,21 @@ from grn_scale.perf.bench_train import bench_train
 from grn_scale.perf.measure import peak_memory, surroundings
 
 log = logging.getLogger("grn_scale.bench")
-BENCHMARKS = ("tokenize", "tokenizer", "data", "packing", "plan", "train", "checkpoint", "fleet")
-ON_REQUEST = ("fleet",)
-"""Not among those that run without a name: it needs a manifest and a text encoder."""
+BENCHMARKS = ("tokenize", "tokenizer", "data", "packing", "plan", "train", "checkpoint", "fleet", "gpu")
+ON_REQUEST = ("fleet", "gpu")
+"""Not among those that run without a name: one needs a manifest and a text encoder, the other a GPU for its sizes."""
 DEFAULT_SAMPLES = {"data": 4096, "plan": 1_000_000}
 DEFAULT_CONFIG = "configs/runs/demo.yaml"
 
 
 def measure(name: str, config: Config, *, clips: int, samples: int, repeats: int,
             widths: str | None = None, lengths: str | None = None, megabytes: int = 400,
-            ranks: int = 1) -> dict[str, Any]:
+            ranks: int = 1, tokens: Sequence[int] = ()) -> dict[str, Any]:
     """One benchmark with all it depends on: results, peak memory, configuration, hardware, versions, date.
 
     clips: in each repeat of "tokenize" and "fleet"; samples: read in each repeat of "data", or of the index of "plan";
     widths: of random weights in "tokenizer"; lengths: CSV file of clip lengths for "packing"; megabytes: of state that
-    each of the `ranks` processes of "checkpoint" saves.
+    each of the `ranks` processes of "checkpoint" saves; tokens: lengths of the packs of "gpu".
     """
     from grn_scale.config.load import to_dict
 
@@ -71,6 +74,8 @@ def measure(name: str, config: Config, *, clips: int, samples: int, repeats: int
         results = bench_fleet(config, clips, repeats)
     elif name == "checkpoint":
         results = bench_checkpoint(megabytes, ranks, repeats, config.train.threads)
+    elif name == "gpu":
+        results = bench_gpu(config, tokens, repeats)
     else:
         results = bench_train(config, repeats)
     return {"benchmark": name, "results": results, "peak_memory": peak_memory(), **surroundings(),
@@ -83,9 +88,10 @@ def main(argv: list[str]) -> int:
     if named and argv[0] not in BENCHMARKS:
         raise ConfigError(f"grn-scale bench {argv[0]}: {nearest(argv[0], BENCHMARKS)}; without a name all of them run")
     parser = CommandParser("bench", f"Measure {', '.join(BENCHMARKS)} (the first argument; all of them without one). "
-                           f"The result is JSON. Without --config the sizes are those of {DEFAULT_CONFIG}.",
+                           f"The result is JSON. Without --config the sizes are those of {DEFAULT_CONFIG}, for gpu of "
+                           f"{GPU_CONFIG}.",
                            "grn-scale bench train --config configs/runs/demo.yaml --repeats 10")
-    parser.set_defaults(config=DEFAULT_CONFIG)
+    parser.set_defaults(config=GPU_CONFIG if argv[:1] == ["gpu"] else DEFAULT_CONFIG)
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="measurements of each number (default: 5)")
     parser.add_argument("--clips", type=int, default=256, metavar="N",
                         help="in each repeat of tokenize and fleet (default: 256)")
@@ -98,11 +104,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--megabytes", type=int, default=400, metavar="N",
                         help="bench checkpoint: state of each process (default: 400)")
     parser.add_argument("--ranks", type=int, default=1, metavar="1|2", help="bench checkpoint: processes (default: 1)")
+    parser.add_argument("--tokens", default="16384,40960", metavar="N,N,..",
+                        help="bench gpu: lengths of the packs (default: 16384,40960)")
     parser.add_argument("--json", action="store_true", help="nothing but the JSON: no progress on stderr")
     rest = argv[1:] if named else argv
     config, options = parser.parse_command(rest)
     if min(options.repeats, options.clips, 1 if options.samples is None else options.samples) < 1:
         raise ConfigError("--repeats, --clips and --samples must be at least 1")
+    tokens = _numbers(options.tokens)
     start_logging(logging.WARNING if options.json else logging.INFO)
     if not named:
         return _each_alone(rest)
@@ -110,10 +119,17 @@ def main(argv: list[str]) -> int:
     with contextlib.redirect_stdout(sys.stderr):  # libraries print, but stdout is the result
         report = measure(argv[0], config, clips=options.clips, repeats=options.repeats, widths=options.widths,
                          samples=options.samples or DEFAULT_SAMPLES.get(argv[0], 1), lengths=options.lengths,
-                         megabytes=options.megabytes, ranks=options.ranks)
+                         megabytes=options.megabytes, ranks=options.ranks, tokens=tokens)
     if int(os.environ.get("RANK", "0")) == 0:
         print(json.dumps(report, indent=1))
     return 0
+
+
+def _numbers(text: str) -> list[int]:
+    numbers = [int(part) for part in text.split(",") if part.isdecimal()]
+    if len(numbers) != text.count(",") + 1 or min(numbers) < 1:
+        raise ConfigError(f"--tokens is {text}, but must be positive numbers with commas between, e.g. 16384,40960")
+    return numbers
 
 
 def _each_alone(arguments: Sequence[str]) -> int:

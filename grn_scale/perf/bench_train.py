@@ -6,25 +6,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from grn_scale.config.schema import Config
-from grn_scale.errors import ConfigError
-from grn_scale.perf.measure import (
-    CAPTION_TOKENS,
-    latent_shape,
-    paired,
-    peak_memory,
-    rates,
-    repeat,
-    spread,
-    start_torch,
-)
+from grn_scale.perf.measure import paired, peak_memory, rates, repeat, spread, start_torch, wait
+from grn_scale.perf.random_packs import random_packs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import torch
 
-    from grn_scale.batch import Pack, Sample
     from grn_scale.model.pack import PackedBatch
+
 
 def bench_train(config: Config, repeats: int) -> dict[str, Any]:
     """Seconds a step and tokens a second of the training engine; on one process in turn with plain torch, and how much
@@ -35,7 +26,7 @@ def bench_train(config: Config, repeats: int) -> dict[str, Any]:
 
     world_size = world_size_from_environment()
     check_layout(config, world_size)
-    packs, weights = _random_packs(config)
+    packs, weights = random_packs(config, config.tokenize.max_frames)
     start_torch(config.train.threads)
     device = groups.start(config.parallel)
     from grn_scale.parallel.engine import TrainEngine
@@ -54,7 +45,7 @@ def bench_train(config: Config, repeats: int) -> dict[str, Any]:
 
         def step() -> None:
             results.append(engine.train_step(batches, config.optimizer.lr))
-            _wait(device)
+            wait(device)
 
         plain = [_plain_step(config, batches, device)] if world_size == 1 else []
         seconds, *plain_seconds = paired([step, *plain], repeats)
@@ -97,42 +88,6 @@ def _plain_step(config: Config, batches: Sequence[PackedBatch], device: torch.de
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
-        _wait(device)
+        wait(device)
 
     return step
-
-
-def _random_packs(config: Config) -> tuple[list[list[Sample]], dict[int, float]]:
-    """Packs of one step, filled with clips of the configured shape and random labels, and the weight of each draw."""
-    import numpy as np
-    import torch
-
-    from grn_scale.batch import Draw, Pack, Sample
-    from grn_scale.data.plan import sample_weights
-
-    (t, h, w), ratio_key = latent_shape(config.tokenize)
-    length, budget = t * h * w + CAPTION_TOKENS + 1, config.data.token_budget
-    if length > budget:
-        raise ConfigError(f"a clip of the configured size has {length} tokens, but data.token_budget is {budget}: set "
-                          f"data.token_budget={-(-length // 128) * 128} or more, or smaller clips "
-                          "(tokenize.max_frames, tokenize.latent_side)")
-    drawn = np.random.default_rng(config.seed)
-    task = "T2V" if t > 1 else "T2I"
-
-    def sample(index: int) -> Sample:
-        bits = drawn.integers(0, 256, (t * h * w * config.model.bits_per_token + 7) // 8, dtype=np.uint8)
-        states = drawn.standard_normal((CAPTION_TOKENS, config.model.text_hidden_size), np.float32)
-        draw = Draw(index, f"clip{index}", index, (t, h, w), ratio_key, task, -1, CAPTION_TOKENS)
-        return Sample(draw, bits, torch.from_numpy(states))
-
-    count = budget // length
-    packs = [[sample(number * count + i) for i in range(count)] for number in range(config.data.packs_per_step)]
-    planned: list[Pack] = [Pack(0, number, tuple(s.draw for s in pack)) for number, pack in enumerate(packs)]
-    return packs, sample_weights(planned, config.loss.gamma)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        import torch
-
-        torch.cuda.synchronize(device)

@@ -99,6 +99,14 @@ def start_torch(threads: int) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def wait(device: torch.device) -> None:
+    """Return when the device has done all it was given."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
+
+
 def latent_shape(settings: TokenizeConfig) -> tuple[tuple[int, int, int], float]:
     """Latent frames, height and width of a square clip of the greatest length, and its ratio key."""
     from grn_scale.data.buckets import bucket, latent_frames

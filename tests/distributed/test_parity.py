@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,8 +22,11 @@ from tests.helpers.parity import MODEL, Trace, gather, parity_config, plain_run
 from tests.helpers.rank_pool import RankPools
 
 STEPS = 20
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
 TWO_CUTS = (Layout(tensor=2, pipeline=2, virtual_pipeline=2, recompute="selective", numbers=("fp32", "sgd")),
             Layout(tensor=2, context=2, stage=3), Layout(data=2, context=2, stage=2, recompute="full"))
+COMPILED = [pytest.param({"compile": "always", **settings}, marks=[pytest.mark.slow, needs_compiler])
+            for settings in ({"tensor": 2}, {"context": 2, "recompute": "selective"}, {"stage": 3})]
 ONE_STEP = {"optimizer": "sgd", "lr": 100.0, "clip_norm": 1e9, "warmup": 0}
 """SGD without clipping moves each weight by lr * gradient; a large lr keeps the digits of the gradient."""
 
@@ -144,7 +148,8 @@ def test_heads_that_do_not_divide_by_the_context_are_shared_out_unevenly(pools) 
 
 
 @pytest.mark.parametrize("settings", [{"stage": 2, "recompute": "selective", "recompute_modules": ("core_attn",)},
-                                      {"stage": 2, "offload": True}, {"stage": 3, "offload": True}])
+                                      {"stage": 2, "offload": True}, {"stage": 3, "offload": True},
+                                      *COMPILED])
 def test_settings_beside_the_matrix_train_alike(pools, settings: dict) -> None:
     expected = reference(5)
     results = run(pools, 2, parity_config(**settings), 5)

@@ -15,6 +15,7 @@ from grn_scale.class_to_image import ClassGRN
 from grn_scale.class_to_image import build_model as build_class_model
 from grn_scale.class_to_image.batch import ClassBatch, batch_loss
 from grn_scale.config.class_schema import ClassConfig
+from grn_scale.config.kernel_schema import KernelsConfig
 from grn_scale.config.schema import (
     Config,
     DataConfig,
@@ -41,7 +42,7 @@ def parity_config(*, optimizer: str = "adamw", precision: str = "fp32", tensor: 
                   pipeline: int = 1, virtual_pipeline: int = 1, context: int = 1, recompute: str = "none",
                   recompute_modules: tuple[str, ...] = ("mlp",), stage: int = 1, offload: bool = False,
                   model: ModelConfig = MODEL, seed: int = 3, lr: float | None = None,
-                  clip_norm: float | None = None, warmup: int = 4) -> Config:
+                  clip_norm: float | None = None, warmup: int = 4, compile: str = "auto") -> Config:
     """Clipping is active: gradient norms of these models lie well above 0.05. The rate rises, then falls."""
     settings = OptimizerConfig(name=optimizer, lr=lr or (1e-3 if optimizer == "adamw" else 0.1),
                                clip_norm=clip_norm or 0.05, ema_decay=0.9, weight_decay=0.1)
@@ -50,6 +51,7 @@ def parity_config(*, optimizer: str = "adamw", precision: str = "fp32", tensor: 
         schedule=ScheduleConfig(warmup_steps=warmup, warmup_start=0.2, kind="cosine" if warmup else "constant",
                                 end_factor=0.1),
         noise=NoiseConfig(mean=-0.3), train=TrainConfig(precision=precision), zero=ZeroConfig(stage, offload),
+        kernels=KernelsConfig(compile=compile),
         parallel=ParallelConfig(tensor=tensor, sequence=sequence, pipeline=pipeline,
                                 virtual_pipeline=virtual_pipeline, context=context, recompute=recompute,
                                 recompute_modules=recompute_modules))

@@ -132,3 +132,42 @@ def random_tokenizer(folder):
     path = folder / "tokenizer.safetensors"
     save_file(VideoTokenizer(VideoTokenizerShape(8, 8, 16)).state_dict(), path)
     return path
+
+
+def test_gpu_benchmark_runs_its_whole_path_on_a_cpu():
+    tiny = ["model.hidden_size=32", "model.num_layers=4", "model.num_heads=2", "model.ffn_hidden_size=64",
+            "model.num_chunks=2", "model.text_hidden_size=8", "model.latent_channels=4", "tokenize.latent_side=2",
+            "tokenize.max_frames=1001"]
+    done = subprocess.run([sys.executable, "-m", "grn_scale", "bench", "gpu", "--tokens", "256", "--repeats", "2",
+                           "--json", *tiny], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)["results"]
+    assert [step["token_budget"] for step in results["steps"]] == [256]
+    step, = results["steps"]
+    assert step["layers"] == step["layers_of_the_model"] == 4 and step["fill"] > 0.9
+    assert step["mfu"] is None and step["model_tflops_per_second"]["repeats"] == 2
+    shares = step["profile"]["shares"]
+    assert shares["matrix products"] > 0 and shares["attention"] >= 0 and len(step["profile"]["longest"]) == 15
+    kernels = results["kernels"]
+    assert kernels["attention"]["256"]["quickest"] == "sdpa" and kernels["update"]["torch"]["seconds"]["repeats"] == 2
+    assert kernels["norm"]["torch"]["gigabytes_per_second"] > 0
+
+
+def test_gpu_benchmark_refuses_packs_without_room_for_a_frame_and_lists_that_are_none(capsys):
+    with pytest.raises(ConfigError, match="ask for 1610 tokens or more"):
+        bench.main(["gpu", "--tokens", "1024"])
+    with pytest.raises(ConfigError, match="--tokens is 12,x"):
+        bench.main(["gpu", "--tokens", "12,x"])
+
+
+@pytest.mark.parametrize("name,kind", [
+    ("nvjet_hsh_128x256_64x4_2x1_v_bz_coopA_NNT", "matrix products"), ("aten::mm", "matrix products"),
+    ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_3", "attention"),
+    ("triton_red_fused__to_copy_add_mul_0", "compiled chains"),
+    ("ncclDevKernel_AllReduce_Sum_f32_RING_LL", "communication"),
+    ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "update"), ("Memcpy DtoD", "copies"),
+    ("void at::native::vectorized_elementwise_kernel<4, MulFunctor>", "element-wise")])
+def test_kernels_are_sorted_by_kind(name: str, kind: str):
+    from grn_scale.perf import kernel_times
+
+    assert kernel_times.kind(name) == kind

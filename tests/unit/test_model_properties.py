@@ -11,7 +11,7 @@ import torch
 from grn_scale.config.schema import ModelConfig
 from grn_scale.data.buckets import RATIO_KEYS
 from grn_scale.model import GRN, Sample, build_model
-from grn_scale.model.attention import SHORT_ON_CPU
+from grn_scale.model.attention_kernels import SHORT_ON_CPU
 from grn_scale.model.sequence import Grid, lay_out
 from grn_scale.model.transformer import ModelInput, pack_samples
 from tests.helpers.oracle import oracle_logits
