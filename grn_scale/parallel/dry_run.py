@@ -7,6 +7,7 @@ its size only in name; `dry_step.py` is that process.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from grn_scale.config.check import check_layout
+from grn_scale.config.kernel_schema import KernelsConfig
 from grn_scale.config.load import to_dict
 from grn_scale.config.schema import Config, ModelConfig
 from grn_scale.errors import ConfigError, UserError
@@ -110,6 +112,8 @@ def _run_stage(config: Config, world_size: int, stage: int) -> RankClass:
     dims = Dims.of_world(world_size, parallel.tensor, parallel.pipeline, parallel.context)
     # Of uneven heads the first context-parallel rank has most.
     rank = dims.rank(Coordinate(0, 0, 0, stage))
+    # a GPU's kernels and their libraries need not be here
+    config = dataclasses.replace(config, kernels=KernelsConfig())
     done = subprocess.run([sys.executable, "-m", f"{__package__}.dry_step"], input=json.dumps(to_dict(config)),
                           stdout=subprocess.PIPE, text=True, check=False, env=fake_environment(rank, world_size))
     if done.returncode:

@@ -12,7 +12,6 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from grn_scale.config.kernel_schema import KernelsConfig
 from grn_scale.config.schema import Config
 from grn_scale.errors import ConfigError, UserError
 from grn_scale.perf.bench_kernels import bench_kernels
@@ -140,8 +139,7 @@ def _cut(config: Config, device: torch.device) -> Config:
     """The configuration with as many layers as fit the device's free memory, found by dry runs with one and two."""
     from grn_scale.parallel.dry_run import dry_run
 
-    plain = dataclasses.replace(config, kernels=KernelsConfig())
-    one, two = (dry_run(_with_layers(plain, layers), 1).classes[0].bytes["peak"] for layers in (1, 2))
+    one, two = (dry_run(_with_layers(config, layers), 1).classes[0].bytes["peak"] for layers in (1, 2))
     free = _free_memory(device) * FILLED
     fit = int(1 + (free - one) // (two - one))
     if fit < 1:
