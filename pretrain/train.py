@@ -318,6 +318,9 @@ def check_resume(checkpoint: Path, config: Config) -> DataState:
     if other := model_changes(saved["config"]["model"], config, checkpoint):
         raise ConfigError(f"{checkpoint} is of another model ({'; '.join(other)}): keep the model section as it was, "
                           "or give a new output folder")
+    if (name := saved["config"]["optimizer"]["name"]) != config.optimizer.name:
+        raise ConfigError(f"optimizer.name is {config.optimizer.name}, but {checkpoint} holds the state of {name}: "
+                          f"keep optimizer.name={name}, or start a new run from its weights (init.from={checkpoint})")
     if saved["step"] > config.train.steps:
         raise ConfigError(f"{checkpoint} stands at step {saved['step']}, beyond train.steps={config.train.steps}: "
                           "raise train.steps, or give a new output folder")

@@ -96,10 +96,16 @@ def resolve_resume(mode: str, run_folder: str | Path, group: dist.ProcessGroup |
         return None
     if mode in ("auto", "must"):
         return _newest(run_folder, ranks, needed=mode == "must")
+    if not mode:
+        raise ConfigError("--resume is empty (an unset variable?): give none, auto, must, or a step or run folder")
     path = Path(mode)
     path = ranks.first(lambda: path.resolve())
     if not ranks.first(path.is_dir):
-        raise ConfigError(f"--resume {mode}: no such folder; give a step folder, a run folder, or none, auto or must")
+        what = "is a file" if ranks.first(path.exists) else "no such folder"
+        raise ConfigError(f"--resume {mode}: {what}; give a step folder, a run folder, or none, auto or must")
+    if path.name.endswith(PARTIAL):
+        raise ConfigError(f"--resume {mode}: a save or a removal that has not ended; give a step folder without "
+                          f"{PARTIAL}, or auto")
     if ranks.first(lambda: layout.is_step_folder(path)):
         try:
             layout.verify(path, ranks=ranks)
@@ -150,7 +156,7 @@ def seal(partial: Path, step: int, indexes: Mapping[str, ChunkIndex], state: dic
         "world_size": world_size,
         "versions": {"torch": torch.__version__},
     })
-    return layout.commit(partial)
+    return layout.commit(partial, indexes)
 
 
 def _newest(run_folder: Path, ranks: Ranks, needed: bool) -> Path | None:

@@ -154,10 +154,16 @@ def begin(run_folder: Path, step: int) -> Path:
     return partial
 
 
-def commit(partial: Path) -> Path:
-    """Turn a fully written `.partial` folder into a checkpoint and return its path."""
-    names = [INDEX_NAME, STATE_NAME]
-    names += sorted(f"{section.name}/{INDEX_NAME}" for section in partial.iterdir() if section.is_dir())
+def commit(partial: Path, sections: Collection[str]) -> Path:
+    """Turn a fully written `.partial` folder, which holds these sections, into a checkpoint and return its path.
+
+    UserError where files of it are gone, or cannot be seen from here.
+    """
+    names = [INDEX_NAME, STATE_NAME, *sorted(f"{section}/{INDEX_NAME}" for section in sections)]
+    lost = [name for name in names if not (partial / name).is_file()]
+    if lost:
+        raise UserError(f"{partial / lost[0]} is gone, though this save wrote it: does another job save into "
+                        f"{partial.parent}?")
     write_json(partial / SEAL, {
         "format_version": FORMAT_VERSION, "sha256": {name: sha256_of(partial / name) for name in names}})
     # Files that another host wrote must be visible here: otherwise the folder is not shared.
@@ -234,6 +240,9 @@ def _check_seal(path: Path, seal_name: str) -> list[tuple[Path, str]]:
         if section:
             data_files += [(path / section / data, stored)
                            for data, stored in ChunkIndex.read(path / section).files.items()]
+    named = read_json(path / INDEX_NAME).get("sections")
+    if not isinstance(named, dict) or set(named) != {name.partition("/")[0] for name in checksums if "/" in name}:
+        raise UserError(f"{path / seal_name} seals other sections than {path / INDEX_NAME} names")
     for file, stored in data_files:
         if not file.is_file():
             raise UserError(f"{file} is missing; all ranks must write to one shared folder")

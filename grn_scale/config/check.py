@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ from grn_scale.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from grn_scale.data.schema import DatasetInfo
+
+WORLD = "the number of processes"
 
 
 def check_set(config: Config, *fields: str) -> None:
@@ -43,9 +46,18 @@ def check_output(folder: str | Path) -> None:
 
 
 def check_layout(config: Config, world_size: int) -> None:
-    """ConfigError unless the model, the global batch and the degrees of parallelism fit `world_size` processes."""
-    _refuse([*_tensor_rules(config), *_context_rules(config), *_pipeline_rules(config),
-             *_world_rules(config, world_size), *_zero_rules(config), *_kernel_rules(config)])
+    """ConfigError unless the model, the global batch and the degrees of parallelism fit `world_size` processes.
+
+    Each rule judges what the remedies named before would make, so that following all of them gives a legal layout.
+    """
+    problems = []
+    for rules in (_zero_rules, _tensor_rules, _context_rules, _budget_rules, _pipeline_rules, _world_rules,
+                  _packs_rules, _ramp_rules, _kernel_rules):
+        broken = list(rules(config, world_size))
+        problems += [each.text for each in broken]
+        for each in broken:
+            config, world_size = each.remedied(config, world_size)
+    _refuse(problems)
 
 
 def check_training(config: Config, dataset: DatasetInfo) -> None:
@@ -83,8 +95,41 @@ def _nearest_multiple(value: int, of: int) -> int:
     return max(of, _nearest(value, (value // of * of, (value // of + 1) * of)))
 
 
-def _tensor_rules(config: Config) -> Iterator[str]:
-    """What tensor parallelism cuts must come out even: heads, label channels, MLP width, and the sequence."""
+@dataclass(frozen=True)
+class Broken:
+    text: str
+    """Field, value, rule and remedy."""
+    remedy: Mapping[str, object]
+    """Dotted field (or WORLD) -> the value that the text names first."""
+
+    def remedied(self, config: Config, world_size: int) -> tuple[Config, int]:
+        """Both with the remedy."""
+        sections: dict[str, dict[str, object]] = {}
+        for name, value in self.remedy.items():
+            section, _, field = name.partition(".")
+            sections.setdefault(section, {})[field] = value
+        world_size = sections.pop(WORLD, {"": world_size})[""]
+        return replace(config, **{name: replace(getattr(config, name), **values)
+                                  for name, values in sections.items()}), world_size
+
+
+def _zero_rules(config: Config, world_size: int) -> Iterator[Broken]:
+    zero, pipeline = config.zero, config.parallel.pipeline
+    if zero.stage >= 2 and pipeline > 1:
+        remedy, words = {"zero.stage": 1}, "zero.stage=1"
+        if zero.offload_optimizer:
+            remedy, words = {**remedy, "zero.offload_optimizer": False}, f"{words} zero.offload_optimizer=false"
+        yield Broken(f"zero.stage is {zero.stage} with parallel.pipeline={pipeline}, but stages 2 and 3 reduce "
+                     f"gradients in every backward pass, which a pipeline schedule interleaves: set {words}, or "
+                     "parallel.pipeline=1", remedy)
+    if zero.stage == 0 and config.train.precision == "bf16":
+        yield Broken("zero.stage is 0 with train.precision bf16, but DeepSpeed keeps fp32 masters and accumulates in "
+                     "fp32 only where it shards the optimizer: set zero.stage=1, or train.precision=fp32",
+                     {"zero.stage": 1})
+
+
+def _tensor_rules(config: Config, world_size: int) -> Iterator[Broken]:
+    """What tensor parallelism cuts must come out even: heads, label channels and MLP width."""
     degree, model = config.parallel.tensor, config.model
     cut = {"model.num_heads": model.num_heads, "model.ffn_hidden_size": model.ffn_hidden_size,
            "the labels of a token (model.latent_channels x rounds)" if model.label_form == "bit"
@@ -92,85 +137,105 @@ def _tensor_rules(config: Config) -> Iterator[str]:
     legal = _nearest(degree, _divisors(math.gcd(*cut.values())))
     for name, value in cut.items():
         if value % degree:
-            yield (f"parallel.tensor is {degree}, but must divide {name} ({value}): "
-                   f"parallel.tensor={legal} is the nearest that fits this model")
-    parts = (degree if config.parallel.sequence else 1) * config.parallel.context
-    budget = config.data.token_budget
-    if budget % parts:
-        yield (f"data.token_budget is {budget}, but parallel.sequence (with parallel.tensor) and parallel.context cut "
-               f"it into {parts} equal parts: data.token_budget={_nearest_multiple(budget, math.lcm(128, parts))} is "
-               "the nearest that fits")
+            yield Broken(f"parallel.tensor is {degree}, but must divide {name} ({value}): "
+                         f"parallel.tensor={legal} is the nearest that fits this model", {"parallel.tensor": legal})
 
 
-def _context_rules(config: Config) -> Iterator[str]:
+def _context_rules(config: Config, world_size: int) -> Iterator[Broken]:
     """In attention each process of the context works on whole heads, so every one needs some."""
-    degree, heads = config.parallel.context, config.model.num_heads // config.parallel.tensor
-    if degree > max(1, heads):
-        yield (f"parallel.context is {degree}, but a tensor-parallel rank has {heads} heads to share out "
-               f"(model.num_heads {config.model.num_heads} / parallel.tensor {config.parallel.tensor}): "
-               f"parallel.context={max(1, heads)} is the nearest that fits")
+    degree, heads = config.parallel.context, max(1, config.model.num_heads // config.parallel.tensor)
+    if degree > heads:
+        yield Broken(f"parallel.context is {degree}, but a tensor-parallel rank has {heads} heads to share out "
+                     f"(model.num_heads {config.model.num_heads} / parallel.tensor {config.parallel.tensor}): "
+                     f"parallel.context={heads} is the nearest that fits", {"parallel.context": heads})
 
 
-def _pipeline_rules(config: Config) -> Iterator[str]:
+def _budget_rules(config: Config, world_size: int) -> Iterator[Broken]:
+    """Sequence and context parallelism cut a pack into equal parts."""
+    parallel, budget = config.parallel, config.data.token_budget
+    parts = (parallel.tensor if parallel.sequence else 1) * parallel.context
+    if budget % parts:
+        legal = _nearest_multiple(budget, math.lcm(128, parts))
+        yield Broken(f"data.token_budget is {budget}, but parallel.sequence (with parallel.tensor) and "
+                     f"parallel.context cut it into {parts} equal parts: data.token_budget={legal} is the nearest "
+                     "that fits", {"data.token_budget": legal})
+
+
+def _pipeline_rules(config: Config, world_size: int) -> Iterator[Broken]:
     pipeline, virtual, layers = config.parallel.pipeline, config.parallel.virtual_pipeline, config.model.num_layers
     if virtual > 1 and pipeline == 1:
-        yield (f"parallel.virtual_pipeline is {virtual}, but parallel.pipeline is 1 and there is nothing to "
-               f"interleave: set parallel.virtual_pipeline=1, or parallel.pipeline=2 or more")
-    if layers % (pipeline * virtual):
-        if pipeline <= layers and layers % pipeline == 0:
-            remedy = f"parallel.virtual_pipeline={_nearest(virtual, _divisors(layers // pipeline))}"
+        yield Broken(f"parallel.virtual_pipeline is {virtual}, but parallel.pipeline is 1 and there is nothing to "
+                     "interleave: set parallel.virtual_pipeline=1, or parallel.pipeline=2 or more",
+                     {"parallel.virtual_pipeline": 1})
+    elif layers % (pipeline * virtual):
+        if layers % pipeline == 0:
+            remedy = {"parallel.virtual_pipeline": _nearest(virtual, _divisors(layers // pipeline))}
         else:
-            remedy = f"parallel.pipeline={_nearest(pipeline, _divisors(layers))} parallel.virtual_pipeline=1"
-        yield (f"parallel.pipeline x parallel.virtual_pipeline is {pipeline} x {virtual}, but must divide "
-               f"model.num_layers ({layers}): {remedy} is the nearest that fits")
+            remedy = {"parallel.pipeline": _nearest(pipeline, _divisors(layers)), "parallel.virtual_pipeline": 1}
+        words = " ".join(f"{name}={value}" for name, value in remedy.items())
+        yield Broken(f"parallel.pipeline x parallel.virtual_pipeline is {pipeline} x {virtual}, but must divide "
+                     f"model.num_layers ({layers}): {words} is the nearest that fits", remedy)
 
 
-def _world_rules(config: Config, world_size: int) -> Iterator[str]:
-    parallel, packs = config.parallel, config.data.packs_per_step
-    one_model = parallel.tensor * parallel.pipeline * parallel.context
+def _world_rules(config: Config, world_size: int) -> Iterator[Broken]:
+    parallel, one_model = config.parallel, _one_model(config)
     if world_size % one_model:
-        yield (f"the job has {world_size} processes, but those that read the same packs are parallel.tensor x "
-               f"parallel.pipeline x parallel.context = {parallel.tensor} x {parallel.pipeline} x {parallel.context} = "
-               f"{one_model}: start "
-               f"{_nearest_multiple(world_size, one_model)} processes, or lower the degrees")
+        legal = _nearest_multiple(world_size, one_model)
+        yield Broken(f"the job has {world_size} processes, but those that read the same packs are parallel.tensor x "
+                     f"parallel.pipeline x parallel.context = {parallel.tensor} x {parallel.pipeline} x "
+                     f"{parallel.context} = {one_model}: start {legal} processes, or lower the degrees", {WORLD: legal})
+
+
+def _packs_rules(config: Config, world_size: int) -> Iterator[Broken]:
+    packs, data = config.data.packs_per_step, world_size // _one_model(config)
+    unit = _packs_unit(config, world_size)
+    if packs % unit == 0:
         return
-    data = world_size // one_model
+    legal = _nearest_multiple(packs, unit)
+    remedy = {"data.packs_per_step": legal}
+    if config.data.ramp_start and legal % config.data.ramp_start:
+        remedy["data.ramp_start"] = _nearest(config.data.ramp_start, (d for d in _divisors(legal) if d % unit == 0))
+    words = " ".join(f"{name}={value}" for name, value in remedy.items())
     if packs % data:
-        yield (f"data.packs_per_step is {packs}, but must be a multiple of the {data} data-parallel ranks "
-               f"({world_size} processes / {one_model}): "
-               f"data.packs_per_step={_nearest_multiple(packs, data)} is the nearest that fits")
-    elif parallel.virtual_pipeline > 1 and (packs // data) % parallel.pipeline:
-        yield (f"data.packs_per_step is {packs}, {packs // data} for each of {data} data-parallel ranks, but "
-               f"parallel.virtual_pipeline > 1 needs a multiple of parallel.pipeline ({parallel.pipeline}) for each: "
-               f"data.packs_per_step={_nearest_multiple(packs, data * parallel.pipeline)} is the nearest that fits")
+        yield Broken(f"data.packs_per_step is {packs}, but must be a multiple of {_unit_words(config, world_size)}: "
+                     f"{words} is the nearest that fits", remedy)
     else:
-        yield from _ramp_rules(config, data)
+        pipeline = config.parallel.pipeline
+        yield Broken(f"data.packs_per_step is {packs}, {packs // data} for each of {data} data-parallel ranks, but "
+                     f"parallel.virtual_pipeline > 1 needs a multiple of parallel.pipeline ({pipeline}) for each: "
+                     f"{words} is the nearest that fits", remedy)
 
 
-def _ramp_rules(config: Config, data: int) -> Iterator[str]:
+def _ramp_rules(config: Config, world_size: int) -> Iterator[Broken]:
     """Every size of the global batch is a multiple of the first, so it is enough that the first one fits."""
-    parallel, start, packs = config.parallel, config.data.ramp_start, config.data.packs_per_step
-    unit = data * (parallel.pipeline if parallel.virtual_pipeline > 1 else 1)
+    start, packs, unit = config.data.ramp_start, config.data.packs_per_step, _packs_unit(config, world_size)
     if start % unit:
         legal = _nearest(start, (size for size in _divisors(packs) if size % unit == 0))
-        of = f"the {data} data-parallel ranks"
-        if unit > data:
-            of = f"{data} data-parallel ranks x parallel.pipeline ({parallel.pipeline}, with virtual stages)"
-        yield (f"data.ramp_start is {start}, but must be a multiple of {of} and divide data.packs_per_step ({packs}): "
-               f"data.ramp_start={legal} is the nearest that fits")
+        yield Broken(f"data.ramp_start is {start}, but must be a multiple of {_unit_words(config, world_size)} and "
+                     f"divide data.packs_per_step ({packs}): data.ramp_start={legal} is the nearest that fits",
+                     {"data.ramp_start": legal})
 
 
-def _zero_rules(config: Config) -> Iterator[str]:
-    if config.zero.stage >= 2 and config.parallel.pipeline > 1:
-        yield (f"zero.stage is {config.zero.stage} with parallel.pipeline={config.parallel.pipeline}, but stages 2 and "
-               "3 reduce gradients in every backward pass, which a pipeline schedule interleaves: set zero.stage=1, or "
-               "parallel.pipeline=1")
-    if config.zero.stage == 0 and config.train.precision == "bf16":
-        yield ("zero.stage is 0 with train.precision bf16, but DeepSpeed keeps fp32 masters and accumulates in fp32 "
-               "only where it shards the optimizer: set zero.stage=1, or train.precision=fp32")
-
-
-def _kernel_rules(config: Config) -> Iterator[str]:
+def _kernel_rules(config: Config, world_size: int) -> Iterator[Broken]:
     if config.kernels.cross_entropy != "torch" and config.model.label_form == "bit":
-        yield (f"kernels.cross_entropy is {config.kernels.cross_entropy} with model.label_form=bit, but two classes "
-               "need a softplus and no softmax: set kernels.cross_entropy=torch")
+        yield Broken(f"kernels.cross_entropy is {config.kernels.cross_entropy} with model.label_form=bit, but two "
+                     "classes need a softplus and no softmax: set kernels.cross_entropy=torch",
+                     {"kernels.cross_entropy": "torch"})
+
+
+def _one_model(config: Config) -> int:
+    """Processes that read the same packs."""
+    return config.parallel.tensor * config.parallel.pipeline * config.parallel.context
+
+
+def _packs_unit(config: Config, world_size: int) -> int:
+    """What a global batch must be a multiple of: virtual stages take the micro-batches of a rank in rounds."""
+    pipeline = config.parallel.pipeline if config.parallel.virtual_pipeline > 1 else 1
+    return world_size // _one_model(config) * pipeline
+
+
+def _unit_words(config: Config, world_size: int) -> str:
+    data = world_size // _one_model(config)
+    if config.parallel.virtual_pipeline > 1:
+        return f"{data} data-parallel ranks x parallel.pipeline ({config.parallel.pipeline}, with virtual stages)"
+    return f"the {data} data-parallel ranks ({world_size} processes / {_one_model(config)})"

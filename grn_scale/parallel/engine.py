@@ -24,7 +24,7 @@ from grn_scale.model.pack import PackedBatch
 from grn_scale.parallel.class_stage import ClassStage
 from grn_scale.parallel.cpu_seam import schedule_device
 from grn_scale.parallel.fragments import MOMENTS, fragment_chunks, seed_moments, update_average
-from grn_scale.parallel.fused import adamw, choose
+from grn_scale.parallel.fused import adamw, choose, decay_groups
 from grn_scale.parallel.groups import DeepSpeedTopology
 from grn_scale.parallel.layers import layer_config
 from grn_scale.parallel.stage import GRNStage
@@ -239,6 +239,7 @@ class TrainEngine:
     def restore_chunks(self, updates: int) -> dict[str, list[Chunk]]:
         """Sections as in `state_chunks`, to be filled in place; then comes `finish_restore`."""
         self.updates = updates
+        self.optimizer.state.clear()  # moments of a state that is left do not belong to the one that is restored
         if self.config.optimizer.name == "adamw" and updates > 0:
             seed_moments(self.optimizer, {id(f.flat): f.flat for f in self.fragments}.values(), updates)
         return self.state_chunks()
@@ -269,9 +270,7 @@ class TrainEngine:
 
     def _optimizer(self) -> torch.optim.Optimizer:
         settings = self.config.optimizer
-        matrices = [p for p in self.parameters.values() if p.dim() > 1]
-        vectors = [p for p in self.parameters.values() if p.dim() <= 1]
-        groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        groups = decay_groups(self.parameters.values(), settings.weight_decay)
         if settings.name == "sgd":
             return torch.optim.SGD(groups, lr=settings.lr)
         return adamw(groups, settings, self.config.kernels.adamw)

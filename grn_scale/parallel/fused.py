@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
@@ -64,6 +64,13 @@ def choose(settings: KernelsConfig, device: torch.device, dtype: torch.dtype) ->
     return Kernels(
         attention, _compile(torch_norm) if compiled and norm is torch_norm else norm,
         _compile(rotate) if compiled else rotate, entropy, compiled)
+
+
+def decay_groups(parameters: Iterable[torch.nn.Parameter], weight_decay: float) -> list[dict]:
+    """Parameter groups of an optimizer: one-dimensional tensors are not decayed."""
+    parameters = list(parameters)
+    matrices, vectors = ([p for p in parameters if (p.dim() > 1) == many] for many in (True, False))
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
 def adamw(groups: Sequence[dict], settings: OptimizerConfig, implementation: str) -> torch.optim.Optimizer:

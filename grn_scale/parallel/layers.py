@@ -95,6 +95,8 @@ class PackedCoreAttention(torch.nn.Module):
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         rotate, attention = self.kernels.rotate, self.kernels.attention
         if part is None:
+            if parallel_state.get_context_parallel_world_size() > 1:
+                raise AssertionError("under context parallelism a batch is assembled with its part of the rows")
             query, key = (rotate(x, layout.cos, layout.sin) for x in (query, key))
             out = packed_attention(query, key, value, layout, attention)
         else:

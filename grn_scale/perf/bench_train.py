@@ -35,7 +35,8 @@ def bench_train(config: Config, repeats: int) -> dict[str, Any]:
         from grn_scale.model.pack import assemble
 
         return [assemble(pack, weights, config=config.model, noise=config.noise, seed=config.seed,
-                         length=config.data.token_budget, device=device) for pack in packs[share::of]]
+                         length=config.data.token_budget, device=device, part=groups.context_parallel())
+                for pack in packs[share::of]]
 
     try:
         share, of = groups.data_parallel()
@@ -63,24 +64,24 @@ def bench_train(config: Config, repeats: int) -> dict[str, Any]:
     if plain_seconds:
         (beside,) = plain_seconds
         report["plain_torch"] = {
-            "about": f"weights, moments and gradients in {config.train.precision}, torch.optim.AdamW",
+            "about": f"weights, moments and gradients in {config.train.precision}, the same AdamW",
             "step_seconds": spread(beside), "tokens_per_second": rates(tokens, beside)}
         report["engine_over_plain"] = spread([mine / theirs for mine, theirs in zip(seconds, beside)])
     return report
 
 
 def _plain_step(config: Config, batches: Sequence[PackedBatch], device: torch.device) -> Callable[[], None]:
-    """The shortest training step one could write: the plain model, clipping and AdamW, no moving average."""
+    """The shortest training step one could write: the plain model, clipping and the same AdamW, no moving average."""
     import torch
 
     from grn_scale.model import build_model
     from grn_scale.model.loss import label_loss
+    from grn_scale.parallel.fused import adamw, decay_groups
 
     model = build_model(config.model, config.seed)
     model.to(device, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
-    settings = config.optimizer
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=settings.betas, eps=settings.eps,
-                                  weight_decay=settings.weight_decay)
+    groups = decay_groups(model.parameters(), config.optimizer.weight_decay)
+    optimizer = adamw(groups, config.optimizer, config.kernels.adamw)
 
     def step() -> None:
         for batch in batches:

@@ -16,6 +16,7 @@ from grn_scale.train.board import Board
 from grn_scale.train.failures import errors_shared
 from grn_scale.train.health import HealthFile
 from grn_scale.train.heartbeat import Heart
+from grn_scale.train.run_lock import run_lock
 from grn_scale.train.stopping import StopRequest, deadline_of
 from grn_scale.train.watchdog import Watchdog
 
@@ -25,7 +26,8 @@ def job(config: Config) -> Iterator[tuple[torch.device, Heart, StopRequest]]:
     """Join the process groups of config.parallel, and leave them at the end.
 
     Gives this process's device, the heart that has to be told what the process does, and the request to stop. Inside,
-    SIGTERM and SIGUSR2 only ask to stop, a hang ends the process (exit code 79), and an error reaches all processes.
+    SIGTERM and SIGUSR2 only ask to stop, a hang ends the process (exit code 79), an error reaches all processes, and no
+    other job trains into config.output.
     """
     deadline = deadline_of(config.stop, time.time())
     device, heart, folder = groups.start(config.parallel), Heart(), Path(config.output)
@@ -33,7 +35,8 @@ def job(config: Config) -> Iterator[tuple[torch.device, Heart, StopRequest]]:
     with Watchdog(config.watchdog, folder, board, heart):
         try:
             with (HealthFile(folder, board, heart) if board.rank == 0 else nullcontext(),
-                  errors_shared(board, heart), StopRequest(config.stop, deadline) as stop):
+                  errors_shared(board, heart), StopRequest(config.stop, deadline) as stop,
+                  run_lock(folder) if board.rank == 0 else nullcontext()):
                 yield device, heart, stop
         finally:
             groups.stop()

@@ -5,6 +5,7 @@ import logging
 import os
 import resource
 import signal
+import threading
 import time
 from contextlib import contextmanager
 
@@ -89,9 +90,11 @@ def test_too_little_host_memory_says_how_to_do_without():
 
 def test_a_save_waits_for_the_one_before_and_counts_that_as_stall(tmp_path):
     with BackgroundSaver(tmp_path, keep_last=9) as saver:
-        saver._thread.submit(time.sleep, 0.2)  # the writer is busy
+        free = threading.Event()
+        saver._thread.submit(free.wait)  # the writer is busy
         saver.save(1, {"model": chunks(weights())}, {})
-        assert saver.stall_seconds < 0.2
+        assert saver.busy
+        threading.Timer(0.3, free.set).start()
         saver.save(2, {"model": chunks(weights())}, {})
         assert saver.stall_seconds > 0.1
         assert layout.newest_complete(tmp_path).name == "step-00000001"

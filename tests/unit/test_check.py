@@ -1,11 +1,14 @@
 """Rules between sections: what fits starts, what does not is refused with the nearest value that would."""
 
 import os
+import random
+import re
 
 import pytest
 
 from grn_scale.config import load_config
 from grn_scale.config.check import check_layout, check_output, check_set, check_training
+from grn_scale.config.class_schema import SCHEMAS
 from grn_scale.data.schema import DatasetInfo, TextRef
 from grn_scale.errors import ConfigError, UserError
 
@@ -78,23 +81,38 @@ def test_all_broken_rules_are_told_at_once():
     assert all(word in message for word in ("model.num_heads", "model.num_layers", "zero.stage"))
 
 
-@pytest.mark.parametrize("world", range(1, 9))
-def test_the_named_remedy_is_accepted_when_it_is_followed(world):
-    for tensor in range(1, 9):
-        for pipeline in range(1, 5):
-            overrides = [f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}", "data.packs_per_step=12"]
-            for _ in range(6):
-                try:
-                    check_layout(tiny(*overrides), world)
-                    break
-                except ConfigError as error:
-                    words = str(error).splitlines()[0].split()
-                    found = [word.rstrip(":,") for word in words if "=" in word and "." in word.split("=")[0]]
-                    if not found:
-                        world = int(str(error).split("start ")[1].split()[0])
-                    overrides += found
-            else:
-                pytest.fail(f"no end of remedies: {overrides} on {world}")
+def test_a_layout_is_legal_once_every_remedy_of_its_refusal_is_followed():
+    choose, refused = random.Random(3), 0
+    for _ in range(500):
+        heads, world = choose.choice([3, 4, 5, 6, 18, 32]), choose.choice([1, 2, 3, 4, 6, 8, 12, 16, 24])
+        stage = choose.choice([0, 1, 2, 3])
+        settings = {
+            "model.num_heads": heads, "model.hidden_size": 8 * heads, "model.num_chunks": 1,
+            "model.num_layers": choose.choice([2, 3, 4, 6, 28]), "model.ffn_hidden_size": choose.choice([96, 100, 256]),
+            "model.latent_channels": choose.choice([3, 4, 16]), "parallel.tensor": choose.choice([1, 1, 2, 3, 4, 8]),
+            "parallel.pipeline": choose.choice([1, 1, 2, 3, 4]), "parallel.context": choose.choice([1, 1, 2, 3, 8]),
+            "parallel.virtual_pipeline": choose.choice([1, 1, 2, 3]), "zero.stage": stage,
+            "zero.offload_optimizer": "true" if stage >= 2 and choose.random() < 0.5 else "false",
+            "train.precision": choose.choice(["bf16", "fp32"]), "data.token_budget": choose.choice([384, 1024, 16384]),
+            "data.packs_per_step": choose.choice([1, 4, 6, 16]),
+            "kernels.cross_entropy": choose.choice(["torch", "apex"])}
+        try:
+            check_layout(load_config(None, [f"{key}={value}" for key, value in settings.items()]), world)
+        except ConfigError as error:
+            refused += 1
+            for line in str(error).splitlines():
+                first = re.split(r", or ", line.rsplit(": ", 1)[1])[0]
+                settings |= dict(re.findall(r"((?:parallel|data|zero|kernels)\.\w+)=(\w+)", first))
+                if processes := re.search(r"start (\d+) processes", first):
+                    world = int(processes[1])
+            check_layout(load_config(None, [f"{key}={value}" for key, value in settings.items()]), world)
+    assert refused > 400
+
+
+def test_class_models_refuse_what_does_nothing_for_them():
+    for setting in ("parallel.context=2", "parallel.tensor=2", "kernels.norm=apex", "kernels.compile=always"):
+        with pytest.raises(ConfigError, match=f"{setting.split('=')[0]} is .* class-to-image"):
+            load_config("configs/runs/class_b.yaml", [setting], SCHEMAS)
 
 
 @pytest.mark.parametrize(("override", "words"), [

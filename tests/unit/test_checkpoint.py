@@ -1,5 +1,6 @@
 """Checkpoints in one process: round trips, damage, kills at every step of a save, pruning, resume."""
 
+import json
 import logging
 import os
 import resource
@@ -11,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from grn_scale.checkpoint import layout, load_model_config, load_weights
+from grn_scale.checkpoint import checkpoint, layout, load_model_config, load_weights
 from grn_scale.checkpoint.checkpoint import load_checkpoint, resolve_resume, save_checkpoint
 from grn_scale.checkpoint.chunks import Chunk
 from grn_scale.config.load import to_dict
@@ -112,6 +113,18 @@ def test_a_complete_checkpoint_is_never_overwritten_and_a_damaged_one_gives_way(
     assert "replacing the damaged checkpoint" in caplog.text
 
 
+def test_a_save_of_which_another_job_removed_files_is_not_sealed(tmp_path, monkeypatch):
+    def seal(partial, *arguments):
+        shutil.rmtree(partial / "ema")
+        return real(partial, *arguments)
+
+    real = checkpoint.seal
+    monkeypatch.setattr(checkpoint, "seal", seal)
+    with pytest.raises(UserError, match="ema/metadata.json is gone.*does another job save"):
+        save(tmp_path, 1, model=weights(), ema=weights())
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- damage
 
 def damage_truncate(path):
@@ -137,6 +150,16 @@ def damage_marker(path):
     (path / "COMPLETE").unlink()
 
 
+def damage_marker_depth(path):
+    (path / "COMPLETE").write_text("[" * 100_000)
+
+
+def damage_sections(path):
+    seal = json.loads((path / "COMPLETE").read_text())
+    del seal["sha256"]["optimizer/metadata.json"]
+    (path / "COMPLETE").write_text(json.dumps(seal))
+
+
 def damage_marker_content(path):
     (path / "COMPLETE").write_text('{"format_version": 1, "sha256": {"../x": ""}}')
 
@@ -144,6 +167,7 @@ def damage_marker_content(path):
 @pytest.mark.parametrize("damage, reason", [
     (damage_truncate, "has 100 bytes instead of"), (damage_bit, "checksum differs"), (damage_state, "checksum differs"),
     (damage_index, "model/metadata.json is missing"), (damage_marker, "no completion marker"),
+    (damage_marker_depth, "cannot read .*COMPLETE"), (damage_sections, "seals other sections"),
     (damage_marker_content, "metadata.json is missing|checksum differs|no file of a checkpoint")],
     ids=lambda value: getattr(value, "__name__", ""))
 def test_a_damaged_checkpoint_is_skipped_with_its_reason_for_the_one_before(tmp_path, caplog, damage, reason):
@@ -316,8 +340,12 @@ def test_a_path_may_be_a_step_folder_or_a_run_folder_and_must_not_fork_a_history
     save(tmp_path / "run", 1)
     with pytest.raises(ConfigError, match="used before"):
         resolve_resume(str(old), tmp_path / "run")
-    with pytest.raises(ConfigError, match="no such folder"):
-        resolve_resume(str(tmp_path / "nowhere"), tmp_path / "run2")
+    (tmp_path / "a.txt").touch()
+    layout.partial_folder(old).mkdir()
+    for mode, reason in ((tmp_path / "nowhere", "no such folder"), (tmp_path / "a.txt", "is a file"),
+                         (layout.partial_folder(old), "has not ended"), ("", "is empty")):
+        with pytest.raises(ConfigError, match=reason):
+            resolve_resume(str(mode), tmp_path / "run2")
     copy = new.rename(tmp_path / "best")
     assert resolve_resume(str(copy), tmp_path / "run2") == copy
     assert same(load_weights(copy), weights(2))

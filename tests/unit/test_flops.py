@@ -95,6 +95,8 @@ def test_image_flops_are_what_torch_counts():
 
 
 @pytest.mark.parametrize(("name", "peak"), [
-    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA GeForce RTX 9090", None)])
+    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 NVL", 835e12),
+    ("NVIDIA H200", 989e12), ("NVIDIA GH200 480GB", 989e12), ("NVIDIA GB200", 2500e12),
+    ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA H100 of another kind", None), ("NVIDIA GeForce RTX 9090", None)])
 def test_the_peak_of_a_device_is_known_by_its_name(name, peak):
     assert peak_flops(name) == peak
