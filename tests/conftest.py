@@ -12,4 +12,5 @@ def pytest_addoption(parser):
     group = parser.getgroup("parity", "layout invariance (tests/distributed/test_parity.py)")
     group.addoption("--parity-seed", type=int, default=3, help="seed of weights, samples and noise")
     group.addoption("--parity-shape", default="", metavar="hidden=..,layers=..,heads=..", help="another tiny model")
-    group.addoption("--parity-record", default="", metavar="FILE", help="add a JSON line for each layout")
+    group.addoption("--parity-record", default="", metavar="FILE",
+                    help="add a JSON line for each layout that holds, and leave out those that are there")
