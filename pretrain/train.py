@@ -7,18 +7,19 @@ Start it alone or under torchrun; the layout follows from parallel.* and the num
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from grn_scale.atomic import drop_unfinished_line
 from grn_scale.command_line import CommandParser, run, save_config, start_logging
 from grn_scale.config.check import check_layout, check_output, check_set, check_training
-from grn_scale.config.load import build, changes, to_dict
+from grn_scale.config.load import to_dict
 from grn_scale.config.schema import Config
 from grn_scale.errors import EXIT_REQUEUE, ConfigError
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from grn_scale.data.mixture import Mixture
     from grn_scale.data.plan import Plan
     from grn_scale.data.schema import DatasetInfo
-    from grn_scale.data.state import DataState
     from grn_scale.model.pack import PackedBatch
     from grn_scale.tokenizer.text import IdsEncoder
 
@@ -51,20 +51,26 @@ def main(argv: list[str]) -> int:
     config, options = parser.parse_command(argv)
     start_logging()
     if os.environ.get("LOCAL_RANK", "0") == "0":  # once a node: the others would only say the same
-        check_before_start(config)
+        check_before_start(config, options.resume)
     return 0 if train_run(config, options.resume) else EXIT_REQUEUE
 
 
-def check_before_start(config: Config) -> None:
+def check_before_start(config: Config, resume: str) -> None:
     """Refuse what cannot run, before any process group or model is built."""
+    from grn_scale.checkpoint.origin import check_origin
     from grn_scale.data.mixture import Mixture
     from grn_scale.parallel.dims import world_size_from_environment
     from grn_scale.tokenizer import load_tokenizer
     from grn_scale.train.metrics import check_wandb
+    from grn_scale.train.resuming import goes_on
+    from grn_scale.train.rollback import check_rollback
 
     check_set(config, *([] if config.data.mixture else ["data.dataset"]), "output")
     check_output(config.output)
     check_layout(config, world_size_from_environment())
+    check_rollback(config)
+    if config.init.from_ and not goes_on(config.output, resume):
+        check_origin(config.init.from_, config.init.weights)
     check_wandb(config.logging)
     mixture = Mixture.open(config.data)
     check_training(config, mixture.info)
@@ -92,17 +98,20 @@ def train_run(config: Config, resume: str) -> bool:
     from grn_scale.parallel import groups
     from grn_scale.perf.flops import peak_flops
     from grn_scale.train.bad_samples import BadSamples
-    from grn_scale.train.checkpoints import reserve_host_memory, restore, restore_newest, save_state, start
+    from grn_scale.train.checkpoints import reserve_host_memory, restore, restore_before, save_state, start
     from grn_scale.train.job import job
     from grn_scale.train.loop import Run, train
-    from grn_scale.train.metrics import MetricsLog
+    from grn_scale.train.metrics import MetricsLog, past_of_spikes
+    from grn_scale.train.probe import Probe
     from grn_scale.train.profiling import StepProfiler
     from grn_scale.train.progress import TrainingProgress
+    from grn_scale.train.resuming import check_resume
     from grn_scale.train.rollback import Rollbacks
+    from grn_scale.train.spikes import SpikeJudge
     from grn_scale.train.stragglers import Stragglers
 
     torch.set_num_threads(config.train.threads or threads_per_process())
-    with job(config) as (device, heart, stop):
+    with job(config) as (device, heart, stop, errors_told), contextlib.ExitStack() as leaving:
         from grn_scale.parallel.engine import TrainEngine
 
         folder, first = Path(config.output), torch.distributed.get_rank() == 0
@@ -119,6 +128,7 @@ def train_run(config: Config, resume: str) -> bool:
         held_out = Plan.of(mixture, config.data, config.seed, split="validation") if validated else None
         data_rank, data_size = groups.data_parallel()
         engine = TrainEngine(config, device)
+        leaving.callback(engine.close)
         position = (restore(engine, checkpoint, data) if checkpoint
                     else start(engine, origin, data, partial=config.init.partial))
         encoder = text_encoder(config, device) if encodes_texts(config, mixture.infos) else None
@@ -139,19 +149,22 @@ def train_run(config: Config, resume: str) -> bool:
               MetricsLog(folder, position.step, config.logging, writes=first, config=to_dict(config)) as metrics,
               TrainingProgress(config.train.steps, position.step, shown=first) as progress,
               StepProfiler(config.profile, folder, range(position.step + 1, config.train.steps + 1),
-                           records=first) as profiler):
+                           records=first) as profiler,
+              errors_told()):  # before the checkpoint in flight is waited for
             ledger = folder / LEDGER if first and config.data.ledger else None
             if ledger:
                 drop_unfinished_line(ledger)
+            heart.saving = lambda: saver.busy
             reserve_host_memory(saver, engine)
             lineage = read_state(checkpoint).get("origin") if checkpoint else origin and origin.to_dict()
             save = functools.partial(save_state, saver, engine, mixture.info, config, lineage)
-            go_back = functools.partial(restore_newest, saver, engine, config)
-            rollbacks = Rollbacks(config.spikes, go_back, metrics, progress)
-            stragglers = Stragglers(config.watchdog, groups.gather_objects, progress.warn)
+            losses, gone_back = Ranks(groups.host()).first(lambda: past_of_spikes(folder, config.spikes.window))
+            go_back = functools.partial(restore_before, saver, engine, config)
+            rollbacks = Rollbacks(config.spikes, go_back, metrics, progress, gone_back)
+            stragglers = Stragglers(config.watchdog, data_rank, Probe(device), groups.gather_objects, progress.warn)
             finished = train(
                 Run(config, engine, loader, functools.partial(assemble, drop=True), validation, bad_samples, ledger,
-                    metrics, progress, save, rollbacks, stop, heart, stragglers,
+                    metrics, progress, save, SpikeJudge(config.spikes, losses), rollbacks, stop, heart, stragglers,
                     profiler, functools.partial(step_flops, config), total_peak), position)
             heart.enter("end", heart.now.step)  # the last checkpoint is being written
             return finished
@@ -301,48 +314,6 @@ def validation_batches(plan: Plan, config: Config, data_rank: int, data_size: in
     return assemble([read_pack(plan.mixture, pack) for pack in packs[data_rank::data_size]], weights)
 
 
-def check_resume(checkpoint: Path, config: Config) -> DataState:
-    """Where the checkpoint's sample stream stands.
-
-    ConfigError where the run cannot go on from the checkpoint; other settings that changed are logged.
-
-    The layout of parallelism, the optimizer's numbers and the like may change; the model may not.
-    """
-    from grn_scale.checkpoint.checkpoint import read_state
-    from grn_scale.data.state import DataState
-
-    saved = read_state(checkpoint)
-    if "data" not in saved:
-        raise ConfigError(f"{checkpoint} holds weights alone, from which no run can go on, but a new one can start: "
-                          f"give init.from={checkpoint} and an output folder of its own, without --resume")
-    if other := model_changes(saved["config"]["model"], config, checkpoint):
-        raise ConfigError(f"{checkpoint} is of another model ({'; '.join(other)}): keep the model section as it was, "
-                          "or give a new output folder")
-    if (name := saved["config"]["optimizer"]["name"]) != config.optimizer.name:
-        raise ConfigError(f"optimizer.name is {config.optimizer.name}, but {checkpoint} holds the state of {name}: "
-                          f"keep optimizer.name={name}, or start a new run from its weights (init.from={checkpoint})")
-    if saved["step"] > config.train.steps:
-        raise ConfigError(f"{checkpoint} stands at step {saved['step']}, beyond train.steps={config.train.steps}: "
-                          "raise train.steps, or give a new output folder")
-    if config.init.from_:
-        log.info("init.from=%s is not looked at: the run goes on from %s", config.init.from_, checkpoint)
-    now = to_dict(config)
-    for key, change in changes({**now, **saved["config"], "model": now["model"]}, now).items():
-        log.info("changed since %s: %s %s", checkpoint.name, key, change)
-    return DataState.from_dict(saved["data"])
-
-
-def model_changes(saved: Mapping[str, Any], config: Config, source: Path) -> list[str]:
-    """Each key in which the run's model differs from the one `saved` with the weights of `source`, as
-    "model.key old -> new". ConfigError where the two are of different kinds."""
-    if ("num_classes" in saved) != hasattr(config.model, "num_classes"):
-        raise ConfigError(f"{source} is of another kind of model than the configuration (text-to-video against "
-                          "class-to-image): give the configuration it was trained with")
-    # What an older version did not know yet has its default there.
-    then = to_dict(build(type(config.model), saved, "model."))
-    return [f"model.{key} {change}" for key, change in changes(then, to_dict(config.model)).items()]
-
-
 def weights_to_start_from(config: Config, info: DatasetInfo) -> Origin:
     """What init.from names. ConfigError where it was trained as another model, or on data of another tokenizer or text
     encoder; with init.partial each difference is logged instead."""
@@ -351,6 +322,7 @@ def weights_to_start_from(config: Config, info: DatasetInfo) -> Origin:
     from grn_scale.class_to_image.load import fixed_tensors
     from grn_scale.config.class_schema import ClassConfig
     from grn_scale.parallel import groups
+    from grn_scale.train.resuming import model_changes
 
     origin = find_origin(config.init.from_, config.init.weights, Ranks(groups.host()))
     differences = model_changes(origin.model, config, origin.path)

@@ -69,7 +69,7 @@ class BackgroundSaver:
         if self.background:
             self._ranks.all(lambda: self._staging.reserve(size))
 
-    def save(self, step: int, sections: Sections, state: dict[str, Any]) -> None:
+    def save(self, step: int, sections: Sections, state: dict[str, Any], *, doubtful: bool = False) -> None:
         """Begin to save; see `save_checkpoint` for the arguments. The tensors may change as soon as it returns."""
         begin = time.perf_counter()
         self._settle(self._tolerate)
@@ -82,18 +82,18 @@ class BackgroundSaver:
 
         self._ranks.all(copy)
         write = self._thread.submit if self.background else _at_once
-        self._written = write(self._write, step, copies["sections"], copies["state"])
+        self._written = write(self._write, step, copies["sections"], copies["state"], doubtful)
         self.stall_seconds = time.perf_counter() - begin
 
     def wait(self) -> None:
         """Return once the save in flight is a complete checkpoint; UserError where the storage refused it."""
         self._settle(_give_up)
 
-    def _write(self, step: int, sections: Sections, state: dict[str, Any]) -> None:
+    def _write(self, step: int, sections: Sections, state: dict[str, Any], doubtful: bool) -> None:
         begin = time.perf_counter()
         try:
             path = save_checkpoint(self.run_folder, step, sections, state, keep_last=self.keep_last,
-                                   keep_every=self.keep_every, group=self._group)
+                                   keep_every=self.keep_every, doubtful=doubtful, group=self._group)
         except Exception as error:  # said now, raised in the training thread at the next save or wait
             refused = isinstance(error, UserError)
             if self._ranks.rank == 0 or not (refused or isinstance(error, RankError)):

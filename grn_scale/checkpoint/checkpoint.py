@@ -25,28 +25,30 @@ T = TypeVar("T")
 
 
 def save_checkpoint(run_folder: str | Path, step: int, sections: Mapping[str, Sequence[Chunk]], state: dict[str, Any],
-                    *, keep_last: int, keep_every: int = 0, group: dist.ProcessGroup | None = None) -> Path:
+                    *, keep_last: int, keep_every: int = 0, doubtful: bool = False,
+                    group: dist.ProcessGroup | None = None) -> Path:
     """Save the sections (model, optimizer, ema...) of all ranks and `state` (JSON values), and return the folder.
 
     The folder appears complete or not at all; then all but the newest `keep_last` checkpoints and those of steps that
     are multiples of `keep_every` (0: none) go, once the new one reads back with its checksums. Every rank calls, each
-    with its own chunks (a rank may lack a section); `state` is rank 0's. An error on one rank is raised on all, and
+    with its own chunks (a rank may lack a section); `state` is rank 0's. One that is `doubtful` gets a name that
+    nothing resumes from, and none go for it. An error on one rank is raised on all, and
     what it had written is removed: UserError for a full disk, a hole in a tensor, a checkpoint of this step that is
     there.
     """
     run_folder, ranks = Path(run_folder), Ranks(group)
     names = _names(sections, ranks)
     ranks.first(lambda: json.dumps(state, allow_nan=False))
-    partial = ranks.first(lambda: _writing(run_folder, lambda: layout.begin(run_folder, step)))
+    partial = ranks.first(lambda: _writing(run_folder, lambda: layout.begin(run_folder, step, doubtful=doubtful)))
     try:
         indexes = {name: save_chunks(partial / name, sections.get(name, []), group) for name in names}
         path = ranks.first(lambda: _writing(run_folder, lambda: seal(partial, step, indexes, state, ranks.size)))
     except (UserError, RankError):  # raised on every rank together, so nobody writes any more
         ranks.first(lambda: partial.exists() and layout.discard(partial))
         raise
-    if ranks.first(lambda: bool(layout.surplus(run_folder, keep_last, keep_every))):
+    if not doubtful and (going := ranks.first(lambda: layout.surplus(run_folder, keep_last, keep_every))):
         layout.verify(path, ranks=ranks)
-        ranks.first(lambda: _rotate(run_folder, keep_last, keep_every, path))
+        ranks.first(lambda: _rotate(run_folder, going, path))
     return path
 
 
@@ -134,9 +136,9 @@ def _writing(run_folder: Path, step: Callable[[], T]) -> T:
                         "choose another folder, the checkpoints already there stay as they are") from error
 
 
-def _rotate(run_folder: Path, keep_last: int, keep_every: int, verified: Path) -> None:
+def _rotate(run_folder: Path, going: Sequence[Path], verified: Path) -> None:
     try:
-        layout.prune(run_folder, keep_last, keep_every, verified=verified)
+        layout.prune(going, verified)
     except OSError as error:  # the new checkpoint is whole; what is left over goes at the next save
         layout.log.warning("old checkpoints in %s could not be removed: %s", run_folder, error)
 

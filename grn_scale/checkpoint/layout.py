@@ -7,6 +7,7 @@
         state.json              what the training side wants back
         COMPLETE                sha256 of every JSON file above; so it seals every byte
       step-00000400.partial/    a save under way, what a killed one left, or a removal under way
+      step-00000600.doubtful/   a checkpoint that may hold what a loss spike came from: nothing resumes from it
 
 A save writes into `.partial`, seals it with the file `SEAL` inside, renames the folder, and last renames
 `SEAL` to `COMPLETE`. A removal goes the other way: the folder is renamed to `.partial` before anything in it is
@@ -39,7 +40,9 @@ from grn_scale.errors import UserError
 STATE_NAME = "state.json"
 SEAL = "SEAL"
 COMPLETE = "COMPLETE"
+DOUBTFUL = ".doubtful"
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
+UNFINISHED = re.compile(STEP_FOLDER.pattern + f"({re.escape(DOUBTFUL)})?{re.escape(PARTIAL)}")
 SECTION = re.compile(r"[a-z][a-z0-9_]*")
 
 log = logging.getLogger(__name__)
@@ -57,9 +60,18 @@ class Found:
     """The save that wrote it had finished: a problem is later damage, not a save that was killed."""
 
 
-def step_folder(run_folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
-    return run_folder / f"step-{step:08d}"
+def step_folder(run_folder: Path, step: int, *, doubtful: bool = False) -> Path:
+    """Where the checkpoint of a step lies, or the one that is in doubt."""
+    return run_folder / f"step-{step:08d}{DOUBTFUL if doubtful else ''}"
+
+
+def step_of(folder: Path) -> int:
+    """The step in the name of a step folder."""
+    return int(STEP_FOLDER.fullmatch(folder.name)[1])
+
+
+def _step_folders(run_folder: Path) -> list[Path]:
+    return [path for path in run_folder.iterdir() if STEP_FOLDER.fullmatch(path.name) and path.is_dir()]
 
 
 def partial_folder(folder: Path) -> Path:
@@ -89,26 +101,27 @@ def scan(run_folder: Path) -> list[Found]:
     if not run_folder.is_dir():
         return []
     found = []
-    for path in run_folder.iterdir():
-        name = STEP_FOLDER.fullmatch(path.name)
-        if name and path.is_dir():
-            try:
-                verify(path, sections=())
-                problem = ""
-            except UserError as error:
-                problem = str(error)
-            found.append(Found(path, int(name[1]), problem, (path / COMPLETE).exists()))
+    for path in _step_folders(run_folder):
+        try:
+            verify(path, sections=())
+            problem = ""
+        except UserError as error:
+            problem = str(error)
+        found.append(Found(path, step_of(path), problem, (path / COMPLETE).exists()))
     return sorted(found, key=lambda f: f.step, reverse=True)
 
 
-def newest_complete(run_folder: Path, *, sections: Collection[str] | None = None,
+def newest_complete(run_folder: Path, *, sections: Collection[str] | None = None, before: int | None = None,
                     ranks: Ranks | None = None) -> Path | None:
-    """The newest checkpoint that is complete and whose checksums hold (see `verify`), or None.
+    """The newest checkpoint (before a step, where one is given) that is complete and whose checksums hold (see
+    `verify`), or None.
 
     Each one passed over is logged with its reason. `ranks` share the reading and get the same answer.
     """
     ranks = ranks or Ranks(alone=True)
     for found in ranks.first(lambda: scan(run_folder)):
+        if before is not None and found.step >= before:
+            continue
         problem = found.problem
         if not problem:
             try:
@@ -122,20 +135,23 @@ def newest_complete(run_folder: Path, *, sections: Collection[str] | None = None
     return None
 
 
-def begin(run_folder: Path, step: int) -> Path:
+def begin(run_folder: Path, step: int, *, doubtful: bool = False) -> Path:
     """Empty `.partial` folder for a save, once what killed saves and removals left in the run folder is gone.
 
-    UserError where a whole checkpoint of this step is there already, or something that is not ours is in the way.
+    A checkpoint that is in doubt replaces another one of its step. UserError where a whole checkpoint of this step is
+    there already, or something that is not ours is in the way.
     """
-    final = step_folder(run_folder, step)
+    final = step_folder(run_folder, step, doubtful=doubtful)
     run_folder.mkdir(parents=True, exist_ok=True)
     for path in list(run_folder.iterdir()):
-        if path.name.endswith(PARTIAL) and STEP_FOLDER.fullmatch(path.name.removesuffix(PARTIAL)):
+        if UNFINISHED.fullmatch(path.name):
             discard(path)
-    for found in scan(run_folder):
-        if not found.sealed and (found.path / SEAL).exists():
-            remove(found.path)
-    if final.exists():
+    for path in _step_folders(run_folder):
+        if (path / SEAL).exists() and not (path / COMPLETE).exists():
+            remove(path)
+    if doubtful and final.exists():
+        remove(final)
+    elif final.exists():
         try:
             verify(final)
         except UserError as error:
@@ -186,16 +202,30 @@ def surplus(run_folder: Path, keep_last: int, keep_every: int = 0) -> list[Path]
     return [found.path for found in complete[keep_last:] if not keep_every or found.step % keep_every]
 
 
-def prune(run_folder: Path, keep_last: int, keep_every: int = 0, *, verified: Path | None = None) -> list[Path]:
+def prune(going: Collection[Path], verified: Path) -> list[Path]:
     """Remove the `surplus` checkpoints and return what was removed.
 
-    The newest one whose contents verify always stays (`verified` names one known to). Folders that are not
-    complete, or hold files that no save writes, are left alone.
+    verified: one whose contents are known to verify, which stays. Folders that hold files that no save writes are left
+    alone.
     """
-    going = surplus(run_folder, keep_last, keep_every)
-    if going and (verified is None or verified in going):
-        verified = newest_complete(run_folder)
     return [path for path in going if path != verified and remove(path)]
+
+
+def set_aside(run_folder: Path, step: int) -> list[Path]:
+    """Rename the checkpoints of this step and later ones, so that nothing resumes from them, and return the new paths.
+
+    They may hold what a loss spike came from. One replaces another that was set aside of the same step.
+    """
+    aside = []
+    for path in sorted(_step_folders(run_folder)):
+        doubtful = path.with_name(path.name + DOUBTFUL)
+        if step_of(path) < step or (doubtful.exists() and not remove(doubtful)):
+            continue
+        os.rename(path, doubtful)
+        aside.append(doubtful)
+        log.warning("%s may hold what the loss spike came from: nothing resumes from %s", path, doubtful.name)
+    sync_folder(run_folder)
+    return aside
 
 
 def remove(path: Path) -> bool:

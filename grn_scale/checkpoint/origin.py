@@ -51,6 +51,20 @@ class Origin:
                 "origin": self.state.get("origin")}
 
 
+def check_origin(path: str, weights: str) -> None:
+    """Refuse what `find_origin` would, as far as is seen without reading tensors; for one process alone."""
+    source = _existing(path)
+    if _is_class_folder(source):
+        _of_class_folder(source, weights)
+    elif layout.is_step_folder(source):
+        _of_checkpoint(_verified(path, source, (), Ranks(alone=True)), weights)
+    else:
+        whole = [found.path for found in layout.scan(source) if not found.problem]
+        if not whole:
+            raise _nothing_at(path)
+        _of_checkpoint(whole[0], weights)
+
+
 def find_origin(path: str, weights: str, ranks: Ranks) -> Origin:
     """The weights ("raw" or "ema") at `path`, which is a run folder (its newest complete checkpoint), a step folder or
     what `grn-scale convert --to native` wrote. Of a checkpoint they are compared with their checksums; all ranks take
@@ -61,16 +75,11 @@ def find_origin(path: str, weights: str, ranks: Ranks) -> Origin:
         return _same_everywhere(ranks, lambda: _of_class_folder(source, weights))
     sections = (SECTIONS[weights],)
     if ranks.first(lambda: layout.is_step_folder(source)):
-        checkpoint: Path | None = source
-        try:
-            layout.verify(source, sections=sections, ranks=ranks)
-        except UserError as error:
-            raise UserError(f"init.from={path}: {error}; choose another checkpoint") from error
+        checkpoint: Path | None = _verified(path, source, sections, ranks)
     else:
         checkpoint = layout.newest_complete(source, sections=sections, ranks=ranks)
     if checkpoint is None:
-        raise ConfigError(f"init.from={path}: no complete checkpoint there; give a run folder with one, a step folder, "
-                          "or what `grn-scale convert --to native` made of other files")
+        raise _nothing_at(path)
     return _same_everywhere(ranks, lambda: _of_checkpoint(checkpoint, weights))
 
 
@@ -79,6 +88,19 @@ def _same_everywhere(ranks: Ranks, step: Callable[[], Origin]) -> Origin:
     found: list[Origin] = []
     ranks.all(lambda: found.append(step()))
     return found[0]
+
+
+def _verified(path: str, checkpoint: Path, sections: Collection[str], ranks: Ranks) -> Path:
+    try:
+        layout.verify(checkpoint, sections=sections, ranks=ranks)
+    except UserError as error:
+        raise UserError(f"init.from={path}: {error}; choose another checkpoint") from error
+    return checkpoint
+
+
+def _nothing_at(path: str) -> ConfigError:
+    return ConfigError(f"init.from={path}: no complete checkpoint there; give a run folder with one, a step folder, or "
+                       "what `grn-scale convert --to native` made of other files")
 
 
 def _existing(path: str) -> Path:

@@ -64,7 +64,8 @@ class StopConfig:
 
 @dataclass(frozen=True)
 class SpikesConfig:
-    """Loss spikes: the run goes back to its last checkpoint and leaves out the data it has read since."""
+    """Loss spikes: the run goes back to a checkpoint from before the loss rose, and leaves out the data it has read
+    since."""
 
     enabled: bool = True
     window: int = 64
@@ -76,7 +77,7 @@ class SpikesConfig:
     patience: int = 3
     """Suspicious steps in a row that make a spike. Meanwhile nothing is saved."""
     limit: int = 3
-    """Times that one start of the run may go back; after one more spike it stops (exit 78)."""
+    """Spikes that a run may have, over all its starts; at one more it stops (exit 78)."""
 
     def __post_init__(self) -> None:
         require_positive("spikes", threshold=self.threshold, patience=self.patience)
@@ -104,7 +105,8 @@ class WatchdogConfig:
     straggler_every: int = 50
     """Steps between comparisons of the processes' times; 0 never compares."""
     straggler_ratio: float = 1.3
-    """A process is named as slow when it takes so many times the median in three comparisons in a row."""
+    """A copy of the model, or a process in what it does alone, is named as slow when it takes so many times the median
+    in three comparisons in a row."""
 
     def __post_init__(self) -> None:
         for name in ("start_seconds", "first_step_seconds", "step_seconds", "validate_seconds", "save_seconds",

@@ -13,7 +13,7 @@ import torch
 from grn_scale import __version__
 from grn_scale.checkpoint.background import BackgroundSaver
 from grn_scale.checkpoint.checkpoint import load_checkpoint, read_state, section_names
-from grn_scale.checkpoint.layout import newest_complete
+from grn_scale.checkpoint.layout import newest_complete, set_aside
 from grn_scale.checkpoint.origin import Origin
 from grn_scale.checkpoint.ranks import Ranks
 from grn_scale.checkpoint.resume_line import layout_of, resume_line
@@ -74,12 +74,15 @@ def restore(engine: TrainEngine, checkpoint: Path, data: DataState) -> Position:
     return Position(saved["step"], saved["samples_seen"], data, saved.get("batches", saved["step"]))
 
 
-def restore_newest(saver: BackgroundSaver, engine: TrainEngine, config: Config) -> int | None:
-    """Fill the engine from the run's newest complete checkpoint and return its step; None where there is none."""
+def restore_before(saver: BackgroundSaver, engine: TrainEngine, config: Config, step: int) -> int | None:
+    """Fill the engine from the run's newest complete checkpoint before `step` and return its own; None where there is
+    none. Later checkpoints are set aside: a resume does not take them."""
     saver.wait()
-    checkpoint = newest_complete(Path(config.output), ranks=Ranks(groups.host()))
+    folder, ranks = Path(config.output), Ranks(groups.host())
+    checkpoint = newest_complete(folder, before=step, ranks=ranks)
     if checkpoint is None:
         return None
+    ranks.first(lambda: set_aside(folder, step))
     return restore(engine, checkpoint, DataState.from_dict(read_state(checkpoint)["data"])).step
 
 
@@ -93,11 +96,11 @@ def reserve_host_memory(saver: BackgroundSaver, engine: TrainEngine) -> None:
 
 
 def save_state(saver: BackgroundSaver, engine: TrainEngine, info: DatasetInfo, config: Config,
-               origin: Mapping[str, Any] | None, position: Position) -> float:
+               origin: Mapping[str, Any] | None, position: Position, doubtful: bool) -> float:
     """Save a checkpoint, in the background unless train.background_save is off; samples that any process could not read
     enter the skip list of all. Seconds that the last finished one took to write.
 
-    origin: whose weights the run started from (`Origin.to_dict`).
+    origin: whose weights the run started from (`Origin.to_dict`). doubtful: the loss is; see `save_checkpoint`.
     """
     data = position.data
     for skip in groups.gather_objects(data.skip):
@@ -110,5 +113,5 @@ def save_state(saver: BackgroundSaver, engine: TrainEngine, info: DatasetInfo, c
         "dataset": {"tokenizer_fingerprint": info.tokenizer_fingerprint, "text_fingerprint": info.text_fingerprint,
                     "fps": info.fps},
         "versions": {"grn_scale": __version__, "torch": torch.__version__, "python": platform.python_version()},
-    })
+    }, doubtful=doubtful)
     return saver.write_seconds

@@ -40,6 +40,8 @@ def errors_shared(board: Board, heart: Heart) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # whatever it is, the others must learn of it; it is raised again
+        if heart.failed_with is not None:  # inside of another one: told already
+            raise
         heart.failed_with = error.exit_code if isinstance(error, UserError) else EXIT_FAILED
         try:
             reason = _reason(error, board, heart)

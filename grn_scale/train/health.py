@@ -23,6 +23,7 @@ import torch.distributed as dist
 from grn_scale.atomic import write_bytes
 from grn_scale.errors import UserError
 from grn_scale.train.board import Board
+from grn_scale.train.failures import BEAT_SECONDS
 from grn_scale.train.heartbeat import Beat, Heart, silent_ranks
 
 FILE_NAME = "health.json"
@@ -52,9 +53,19 @@ class HealthFile:
         self._thread.join(1.0)
 
     def _keep(self) -> None:
-        while not self._left.wait(HEALTH_SECONDS):
-            self._write("running")
-        self._write("ended" if self._heart.failed_with is None else "failed")
+        written = time.monotonic()
+        # soon after a failure: this process may be ended by the watchdog, without leaving the context
+        while not self._left.wait(BEAT_SECONDS) and not self._failed():
+            if time.monotonic() - written > HEALTH_SECONDS:
+                self._write("running")
+                written = time.monotonic()
+        self._write("failed" if self._failed() else "ended")
+
+    def _failed(self) -> bool:
+        try:
+            return self._heart.failed_with is not None or self._board.failure() is not None
+        except dist.DistError:  # the store is gone, and the processes have learned of each other what they could
+            return False
 
     def _write(self, state: str) -> None:
         if self._heart.now.phase == "start":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -46,6 +46,8 @@ class Heart:
         self.now = Moment("start", 0, True, (), time.monotonic())
         self.failed_with: int | None = None
         """Exit code that an error of the main thread leads to; it is on its way out then."""
+        self.saving: Callable[[], bool] = lambda: False
+        """Whether a save is in flight beside the main thread."""
         self._first_step: int | None = None
 
     def enter(self, phase: str, step: int, samples: Sequence[str] = ()) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -22,12 +23,13 @@ from grn_scale.train.watchdog import Watchdog
 
 
 @contextmanager
-def job(config: Config) -> Iterator[tuple[torch.device, Heart, StopRequest]]:
+def job(config: Config) -> Iterator[tuple[torch.device, Heart, StopRequest, Callable[[], AbstractContextManager]]]:
     """Join the process groups of config.parallel, and leave them at the end.
 
-    Gives this process's device, the heart that has to be told what the process does, and the request to stop. Inside,
-    SIGTERM and SIGUSR2 only ask to stop, a hang ends the process (exit code 79), an error reaches all processes, and no
-    other job trains into config.output.
+    Gives this process's device, the heart that has to be told what the process does, the request to stop, and a context
+    manager whose errors reach the others before what is around it is left. Inside, SIGTERM and SIGUSR2 only ask to
+    stop, a hang ends the process (exit code 79), an error reaches all processes, and no other job trains into
+    config.output.
     """
     deadline = deadline_of(config.stop, time.time())
     device, heart, folder = groups.start(config.parallel), Heart(), Path(config.output)
@@ -37,6 +39,6 @@ def job(config: Config) -> Iterator[tuple[torch.device, Heart, StopRequest]]:
             with (HealthFile(folder, board, heart) if board.rank == 0 else nullcontext(),
                   errors_shared(board, heart), StopRequest(config.stop, deadline) as stop,
                   run_lock(folder) if board.rank == 0 else nullcontext()):
-                yield device, heart, stop
+                yield device, heart, stop, functools.partial(errors_shared, board, heart)
         finally:
             groups.stop()

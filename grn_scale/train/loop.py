@@ -61,8 +61,10 @@ class Run:
     """File that gets a line for each step; None on all processes but the first, and without data.ledger."""
     metrics: MetricsLog
     progress: TrainingProgress
-    save: Callable[[Position], float]
-    """Write a checkpoint, or begin to; seconds that the last finished one took."""
+    save: Callable[[Position, bool], float]
+    """Write a checkpoint, or begin to, that is in doubt where the flag says so; seconds that the last finished one
+    took."""
+    spikes: SpikeJudge
     rollbacks: Rollbacks
     stop: StopRequest
     heart: Heart
@@ -80,7 +82,7 @@ def train(run: Run, position: Position) -> bool:
 
     DoNotRequeue when too many samples are bad, too many steps in a row are not finite, or the loss spikes too often.
     """
-    settings, spikes = run.config.train, SpikeJudge(run.config.spikes)
+    settings, spikes = run.config.train, run.spikes
     not_finite, save_due = 0, False
     while position.step < settings.steps:
         run.profiler.begin(position.step + 1)
@@ -90,6 +92,7 @@ def train(run: Run, position: Position) -> bool:
         begin = time.perf_counter()
         run.heart.enter("data", position.step + 1)
         data = next(run.loader)
+        own_wait = time.perf_counter() - begin  # behind this, the processes that share a copy of the model meet
         batches = run.assemble([pack.samples for pack in data.micro_batches], data.weights)
         data_wait = time.perf_counter() - begin
 
@@ -104,7 +107,7 @@ def train(run: Run, position: Position) -> bool:
         if run.ledger:
             record_step(run.ledger, position.batches, data.packs, data.state_after.snapshot)
         row = metrics_row(run, data, result, rate, data_wait, seconds)
-        row |= run.stragglers.add(result.forward_backward_seconds, data_wait)
+        row |= run.stragglers.add(result.forward_backward_seconds, own_wait)
         run.metrics.write(position.step, row)
         run.progress.step(position.step, row)
         if result.sums.bad_samples:
@@ -113,18 +116,22 @@ def train(run: Run, position: Position) -> bool:
         if not_finite:
             tell_not_finite(run, position.step, result, not_finite)
 
-        verdict, stop = spikes.judge(result.sums.loss), run.stop.agreed(result.sums.votes)
+        verdict, stop = spikes.judge(position.step, result.sums.loss), run.stop.agreed(result.sums.votes)
         if verdict is Verdict.SPIKE and not stop:
             run.heart.enter("restore", position.step)
-            reached, position = position.step, run.rollbacks.go_back(position, result.sums.loss, spikes.limit())
-            if position.step < reached:  # else there is no checkpoint yet
+            reached = position.step
+            position = run.rollbacks.go_back(position, spikes.rising_since, result.sums.loss, spikes.limit())
+            if position.step < reached:  # else there is no checkpoint to go back to
                 run.loader.go_back(position.step)
                 save_due = False
                 continue
         last, in_doubt = position.step == settings.steps, verdict is not Verdict.FINE or not_finite > 0
         save_due = save_due or last or bool(stop) or position.step % settings.checkpoint_every == 0
         if save_due and (last or not in_doubt):
-            save(run, position)
+            if in_doubt:
+                run.progress.warn(f"the loss of the last step, {position.step}, is in doubt: it is saved under a name "
+                                  "ending in .doubtful, from which nothing resumes, and the checkpoints before it stay")
+            save(run, position, in_doubt)
             save_due = False
         if stop and not last:
             run.progress.warn(f"stopping after step {position.step}, since {stop}"
@@ -135,11 +142,11 @@ def train(run: Run, position: Position) -> bool:
     return True
 
 
-def save(run: Run, position: Position) -> None:
+def save(run: Run, position: Position, doubtful: bool) -> None:
     """Write a checkpoint, or begin to."""
     run.heart.enter("save", position.step)
     begin = time.perf_counter()
-    written = run.save(position)
+    written = run.save(position, doubtful)
     run.stop.took("save", max(written, time.perf_counter() - begin))
 
 

@@ -2,9 +2,9 @@
 
 metrics.jsonl holds one JSON object a line. Every attempt opens with {"event": "start", run, attempt, step, time},
 where step is the number of updates it starts from; then comes a row for each logged step: run, attempt, step, time
-(Unix seconds) and the values of that step. {"event": "rollback", step} tells that the run went back to a step. Lines
-are only ever added: an attempt that resumes from step n, or a rollback to it, supersedes the rows above n before it,
-and `read_metrics` leaves those out.
+(Unix seconds) and the values of that step. {"event": "rollback", step} tells that the run went back to a step,
+{"event": "spike", step} that it could not. Lines are only ever added: an attempt that resumes from step n, or a
+rollback to it, supersedes the rows above n before it, and `read_metrics` leaves those out.
 """
 
 from __future__ import annotations
@@ -99,9 +99,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for row in _lines(path):
         if row.get("event") in ("start", "rollback"):
             rows = {step: kept for step, kept in rows.items() if step <= row["step"]}
-        else:
+        elif "event" not in row:
             rows[row["step"]] = {**rows.get(row["step"], {}), **row}
     return [rows[step] for step in sorted(rows)]
+
+
+def past_of_spikes(folder: Path, window: int) -> tuple[list[tuple[int, float]], int]:
+    """The last `window` steps that a run goes on from, each with its loss, and how many spikes there have been in all
+    its attempts."""
+    path = folder / FILE_NAME
+    if not path.is_file():
+        return [], 0
+    losses = [(row["step"], row["loss"]) for row in read_metrics(path) if row.get("loss") is not None]
+    return losses[-window:], sum(row.get("event") in ("rollback", "spike") for row in _lines(path))
 
 
 def plot_metrics(folder: Path, name: str = "metrics.png") -> Path:

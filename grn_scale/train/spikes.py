@@ -9,6 +9,7 @@ import enum
 import math
 import statistics
 from collections import deque
+from collections.abc import Iterable
 
 from grn_scale.config.run_schema import SpikesConfig
 
@@ -16,6 +17,8 @@ SIGMA = 1.4826
 """Median absolute deviation times this is the standard deviation of a normal distribution."""
 LEAST_SPREAD = 1e-3
 """Of the median: losses that hardly vary are no reason to suspect the next one."""
+RISING = 2.0
+"""Robust standard deviations above the median from which a loss, right before a suspicious one, belongs to its rise."""
 
 
 class Verdict(enum.Enum):
@@ -33,29 +36,46 @@ class SpikeJudge:
     those of a spike do not. A loss that is not finite says nothing either way: its step changed no weights.
     """
 
-    def __init__(self, settings: SpikesConfig) -> None:
+    def __init__(self, settings: SpikesConfig, recent: Iterable[tuple[int, float]] = ()) -> None:
+        """recent: steps and losses before, where the run goes on from a checkpoint."""
         self._settings = settings
-        self._recent: deque[float] = deque(maxlen=settings.window)
-        self._suspects: list[float] = []
+        self._recent: deque[tuple[int, float]] = deque(recent, maxlen=settings.window)
+        self._suspects: list[tuple[int, float]] = []
+        self.rising_since = 0
+        """Step with whose loss the last suspicion began, or the rise that led to it. That loss was measured with the
+        weights of the step before, which may be what is wrong; those before that gave a loss like the others."""
 
-    def judge(self, loss: float) -> Verdict:
-        """What the loss of the step just done is taken for."""
+    def judge(self, step: int, loss: float) -> Verdict:
+        """What the loss of a step, the one just done, is taken for."""
         if not math.isfinite(loss):
             return Verdict.SUSPICIOUS if self._suspects else Verdict.FINE
         if self._settings.enabled and loss > self.limit():
-            self._suspects.append(loss)
+            if not self._suspects:
+                self.rising_since = self._begin_of_rise(step)
+            self._suspects.append((step, loss))
             if len(self._suspects) < self._settings.patience:
                 return Verdict.SUSPICIOUS
             self._suspects.clear()
             return Verdict.SPIKE
-        self._recent.extend([*self._suspects, loss])
+        self._recent.extend([*self._suspects, (step, loss)])
         self._suspects.clear()
         return Verdict.FINE
 
     def limit(self) -> float:
         """Loss above which a step is suspicious; infinite until the window is full."""
-        if len(self._recent) < self._settings.window:
-            return math.inf
-        median = statistics.median(self._recent)
-        spread = statistics.median(abs(loss - median) for loss in self._recent)
-        return median + self._settings.threshold * max(SIGMA * spread, LEAST_SPREAD * abs(median))
+        return self._above(self._settings.threshold) if len(self._recent) == self._settings.window else math.inf
+
+    def _above(self, deviations: float) -> float:
+        losses = [loss for _, loss in self._recent]
+        median = statistics.median(losses)
+        spread = statistics.median(abs(loss - median) for loss in losses)
+        return median + deviations * max(SIGMA * spread, LEAST_SPREAD * abs(median))
+
+    def _begin_of_rise(self, suspect: int) -> int:
+        """First of the consecutive steps up to the suspicious one whose losses lie above what is usual."""
+        usual, first = self._above(RISING), suspect
+        for step, loss in reversed(self._recent):
+            if step != first - 1 or loss <= usual:
+                break
+            first = step
+        return first

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import faulthandler
 import logging
+import math
 import os
 import sys
 import threading
@@ -42,7 +43,8 @@ class Watchdog:
         self._count = 0
         self._next = (board.rank + 1) % board.size
         self._next_beat, self._next_seen = -1, time.monotonic()
-        self._leaving_since: float | None = None
+        self._failed_since: float | None = None
+        self._leaving_since = 0.0
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="grn-watchdog", daemon=True)
 
@@ -139,13 +141,17 @@ class Watchdog:
 
     def _leave(self, failure: Failure | None) -> None:
         """End the process where the error of some process has not ended it by itself: this main thread may be stuck
-        with those that are gone."""
-        if self._leaving_since is None:
-            self._leaving_since = time.monotonic()
-        failing = self._heart.failed_with
-        if time.monotonic() - self._leaving_since < (CONTACT_SECONDS / 2 if failing is None else LEAVE_SECONDS):
+        with those that are gone. One that fails itself may finish the save in flight first, if no process that takes
+        part in it is gone."""
+        now, failing = time.monotonic(), self._heart.failed_with
+        if self._failed_since is None:
+            self._failed_since = self._leaving_since = now
+        limit = self._settings.save_seconds or math.inf
+        if failing is not None and self._heart.saving() and now - self._failed_since < limit:
+            self._leaving_since = now
+        if now - self._leaving_since < (CONTACT_SECONDS / 2 if failing is None else LEAVE_SECONDS):
             return
-        if failing is None:
+        if failure is not None:
             _say(f"error: {failure}")
         os._exit(failure.code if failing is None else failing)
 

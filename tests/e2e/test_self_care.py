@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from grn_scale.checkpoint.layout import newest_complete
 from tests.helpers.jobs import ENVIRONMENT, command
 from tests.helpers.rank_pool import free_port
 from tests.helpers.self_care import arguments, steps_done, write_dataset
@@ -48,7 +49,7 @@ def stopped(dataset, tmp_path_factory) -> tuple[Path, dict]:
 
 def test_signals_and_deadlines_end_a_run_in_a_checkpoint_with_75(stopped) -> None:
     _, found = stopped
-    assert found["codes"] == [75, 75, 0, 0, 0]
+    assert found["codes"] == [75, 75, 0, 0, 0] and found["closed_engines"] == 1
     assert found["stopped_at"][-1] == found["stopped_at"][-2] + 1, "a deadline that is near ends it with its first step"
 
 
@@ -62,14 +63,17 @@ def test_a_spike_takes_the_run_back_and_reads_no_sample_twice(stopped) -> None:
     folder, found = stopped
     lines = [json.loads(line) for line in (folder / "spiked/metrics.jsonl").read_text().splitlines()]
     (rollback,) = [line for line in lines if line.get("event") == "rollback"]
-    assert (rollback["step"], rollback["from_step"]) == (12, 17), "step 16 was due for a save, but in doubt"
+    assert (rollback["step"], rollback["from_step"]) == (12, 19), "the checkpoint of step 16 holds what wrecked it"
+    assert (folder / "spiked/step-00000016.doubtful/COMPLETE").is_file()
+    assert (folder / "spiked/step-00000016/COMPLETE").is_file(), "saved again by the steps that replaced it"
     assert rollback["loss_at_spike"] > 1.0
     rows = found["rows"]["spiked"]
     assert [row["step"] for row in rows] == list(range(1, 25))
-    assert all(row["loss"] < 0.75 for row in rows), "what the spike left behind is gone"
+    assert all(row["loss"] < 0.75 for row in rows[:22]), "what the spike left behind is gone"
     assert rows[:12] == found["rows"]["undisturbed"][:12]
-    state = json.loads((folder / "spiked/step-00000024/state.json").read_text())
-    assert (state["step"], state["updates"], state["batches"]) == (24, 24, 29)
+    state = json.loads((folder / "spiked/step-00000024.doubtful/state.json").read_text())
+    assert (state["step"], state["updates"], state["batches"]) == (24, 24, 31)
+    assert rows[23]["loss"] > 1.0 and newest_complete(folder / "spiked").name == "step-00000020", "it ends in doubt"
     for epochs in found["ledgers"].values():
         finished = [epoch for epoch in epochs if epoch["finished"]]
         assert finished and all(epoch["exact"] for epoch in finished)
@@ -83,30 +87,32 @@ def test_the_health_file_tells_that_a_run_has_ended(stopped) -> None:
 
 def start_broken(dataset: Path, run: Path, launcher: list[str], kind: str, **environment: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [*launcher, "-m", "tests.helpers.broken_rank", kind, *arguments(dataset, run), "watchdog.step_seconds=10"],
+        [*launcher, "-m", "tests.helpers.broken_rank", kind, *arguments(dataset, run), "watchdog.step_seconds=10",
+         "train.checkpoint_every=3"],
         env={**ENVIRONMENT, **environment}, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture(scope="module")
-def broken(dataset, tmp_path_factory) -> tuple[Path, dict[str, list[tuple[int, str]]]]:
-    """Folder of two runs at a time, and exit code and log of their launcher (hang) or their ranks (raise)."""
+def broken(dataset, tmp_path_factory) -> tuple[Path, dict[str, list[tuple[int, str, float]]]]:
+    """Folder of two runs at a time, and how their launcher (hang) or their ranks (raise) ended."""
     folder, port = tmp_path_factory.mktemp("broken"), str(free_port())
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     jobs = {"hang": [start_broken(dataset, folder / "hang", torchrun, "hang")],
             "raise": [start_broken(dataset, folder / "raise", [sys.executable], "raise", RANK=str(rank),
                                    LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
                                    MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in range(2)]}
-    return folder, {kind: [end_of(process) for process in processes] for kind, processes in jobs.items()}
+    return folder, {kind: [end_of(process) for process in jobs[kind]] for kind in ("raise", "hang")}
 
 
-def end_of(process: subprocess.Popen) -> tuple[int, str]:
+def end_of(process: subprocess.Popen) -> tuple[int, str, float]:
+    """Exit code, log, and when it ended."""
     _, log = process.communicate(timeout=LIMIT_SECONDS)
-    return process.returncode, log
+    return process.returncode, log, time.monotonic()
 
 
 def test_a_rank_that_hangs_is_named_and_all_leave_their_stacks(broken) -> None:
     folder, ends = broken
-    ((code, log),) = ends["hang"]
+    ((code, log, _),) = ends["hang"]
     assert code != 0 and "exitcode  : 79" in log, log
     (hang,) = (folder / "hang/hangs").iterdir()
     for text in (log, (hang / "report.txt").read_text()):
@@ -120,8 +126,10 @@ def test_a_rank_that_hangs_is_named_and_all_leave_their_stacks(broken) -> None:
 
 def test_a_rank_that_fails_takes_the_others_down_with_its_error(broken) -> None:
     folder, ends = broken
-    (code, log), (failed_code, failed_log) = ends["raise"]
+    (code, log, ended), (failed_code, failed_log, failed_ended) = ends["raise"]
     assert (code, failed_code) == (1, 1), (log, failed_log)
+    assert failed_ended - ended > 4, "the other does not wait for the save that is still in flight there"
+    assert "on fire; leaving once the checkpoint in flight is written" in " ".join(failed_log.split())
     assert "error: rank 1 on" in log and "failed: ValueError: the shard cabinet is on fire" in log
     assert "Traceback" not in log, "the broken collective says nothing"
     assert "Traceback" in failed_log and "the shard cabinet is on fire" in failed_log

@@ -30,22 +30,28 @@ def signal_at(output: Path, step: int, number: int) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def spiking_run(dataset: Path, output: Path) -> int:
-    """Exit code of a run in which one absurd learning rate wrecks the weights with the 14th global batch."""
+def spiking_run(dataset: Path, output: Path) -> tuple[int, int]:
+    """Exit code, and how many engines were closed, of a run in which one absurd learning rate wrecks the weights with
+    the 16th global batch; its own loss is fine, so they are saved. After the run has gone back from step 19 to 12, the
+    29th wrecks them in step 22, too late to tell a spike."""
     from grn_scale.parallel.engine import TrainEngine
 
-    honest, batches = TrainEngine.train_step, []
+    honest, close, batches, closed = TrainEngine.train_step, TrainEngine.close, [], []
 
     def wrecking(self, micro_batches, rate, *more):
         batches.append(rate)
-        return honest(self, micro_batches, 5.0 if len(batches) == 14 else rate, *more)
+        return honest(self, micro_batches, 5.0 if len(batches) in (16, 29) else rate, *more)
 
-    TrainEngine.train_step = wrecking
+    def counted(self):
+        closed.append(close(self))
+
+    TrainEngine.train_step, TrainEngine.close = wrecking, counted
     try:
-        return main(arguments(dataset, output, "spikes.window=8", "spikes.patience=3", "train.checkpoint_every=4",
+        code = main(arguments(dataset, output, "spikes.window=8", "spikes.patience=3", "train.checkpoint_every=4",
                               "train.keep_last=100"))
+        return code, len(closed)
     finally:
-        TrainEngine.train_step = honest
+        TrainEngine.train_step, TrainEngine.close = honest, close
 
 
 def ledger(dataset: Path, output: Path) -> list[dict]:
@@ -65,7 +71,8 @@ def run(dataset: Path, folder: Path) -> dict:
     found["stopped_at"] = sorted(int(path.name[5:]) for path in a.glob("step-*"))
     for output, more in ((a, ["--resume", "must"]), (folder / "undisturbed", [])):
         found["codes"].append(main(arguments(dataset, output, *more)))
-    found["codes"].append(spiking_run(dataset, spiked))
+    code, found["closed_engines"] = spiking_run(dataset, spiked)
+    found["codes"].append(code)
     found["rows"] = {name: rows(folder / name) for name in ("a", "undisturbed", "spiked")}
     found["ledgers"] = {name: ledger(dataset, folder / name) for name in ("a", "spiked")}
     return found

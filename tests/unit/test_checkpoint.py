@@ -21,9 +21,9 @@ from grn_scale.errors import ConfigError, UserError
 from tests.helpers.checkpoints import chunks, empty_like, in_child, no_pickle_in, same, weights
 
 
-def save(run, step, keep_last=9, **sections):
+def save(run, step, keep_last=9, doubtful=False, **sections):
     return save_checkpoint(run, step, {name: chunks(t) for name, t in (sections or {"model": weights(step)}).items()},
-                           {"step": step, "lr": 0.1}, keep_last=keep_last)
+                           {"step": step, "lr": 0.1}, keep_last=keep_last, doubtful=doubtful)
 
 
 # --- whole checkpoints
@@ -272,7 +272,7 @@ def test_the_newest_checkpoints_are_kept(tmp_path):
         save(tmp_path, step, keep_last=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
     with pytest.raises(ValueError, match="keep_last"):
-        layout.prune(tmp_path, 0)
+        layout.surplus(tmp_path, 0)
 
 
 def test_pruning_keeps_the_newest_that_verifies_and_whatever_is_not_ours(tmp_path):
@@ -281,12 +281,51 @@ def test_pruning_keeps_the_newest_that_verifies_and_whatever_is_not_ours(tmp_pat
     damage_marker(paths[0])
     (paths[1] / "notes.txt").write_text("mine")
     (tmp_path / "step-by-step").mkdir()
-    assert layout.prune(tmp_path, 1) == []
+    going = layout.surplus(tmp_path, 1)
+    assert going == [paths[2], paths[1]]
     assert layout.newest_complete(tmp_path) == paths[2]
+    assert layout.prune(going, paths[2]) == []
     (paths[1] / "notes.txt").unlink()
-    assert layout.prune(tmp_path, 1) == [paths[1]]
+    assert layout.prune(going, paths[2]) == [paths[1]]
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "step-00000001", "step-00000003", "step-00000004", "step-by-step"]
+
+
+def test_checkpoints_in_doubt_are_set_aside_once_and_nothing_resumes_from_them(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    assert layout.newest_complete(tmp_path, before=2) == layout.step_folder(tmp_path, 1)
+    assert layout.newest_complete(tmp_path, before=1) is None
+    assert [path.name for path in layout.set_aside(tmp_path, 3)] == ["step-00000003.doubtful"]
+    assert resolve_resume("auto", tmp_path) == layout.step_folder(tmp_path, 2)
+    save(tmp_path, 3, model=weights(9))
+    assert [path.name for path in layout.set_aside(tmp_path, 2)] == [
+        "step-00000002.doubtful", "step-00000003.doubtful"], "in place of the one before"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step-00000001", "step-00000002.doubtful", "step-00000003.doubtful"]
+    assert same(load_weights(tmp_path / "step-00000003.doubtful"), weights(9))
+
+
+def test_a_checkpoint_saved_in_doubt_removes_no_other_and_nothing_resumes_from_it(tmp_path):
+    good = [save(tmp_path, step, keep_last=2) for step in (1, 2)]
+    for fill in (3, 4):
+        path = save(tmp_path, 3, model=weights(fill), keep_last=1, doubtful=True)
+    assert path.name == "step-00000003.doubtful" and same(load_weights(path), weights(4))
+    assert resolve_resume("auto", tmp_path) == good[1] and good[0].exists()
+    path.rename(tmp_path / "step-00000003.doubtful.partial")  # killed while it was written
+    assert save(tmp_path, 3, keep_last=2).name == "step-00000003"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+
+
+def test_a_save_reads_each_checkpoint_that_is_there_once(tmp_path, monkeypatch):
+    for step in (1, 2, 3):
+        save(tmp_path, step, keep_last=3)
+    read_json, read = layout.read_json, []
+    monkeypatch.setattr(layout, "read_json", lambda path: [read.append(path), read_json(path)][1])
+    save(tmp_path, 4, keep_last=3)
+    assert sorted(path.parent.name for path in read if path.name == "COMPLETE" and path.parent.name[-1] < "4") == [
+        "step-00000001", "step-00000002", "step-00000003"]
+    assert not (tmp_path / "step-00000001").exists()
 
 
 def test_a_folder_with_files_of_others_is_never_deleted_by_a_save(tmp_path):

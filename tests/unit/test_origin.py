@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from grn_scale.atomic import write_json
 from grn_scale.checkpoint.checkpoint import save_checkpoint
 from grn_scale.checkpoint.chunks import Chunk
-from grn_scale.checkpoint.origin import find_origin
+from grn_scale.checkpoint.origin import check_origin, find_origin
 from grn_scale.checkpoint.ranks import Ranks
 from grn_scale.checkpoint.store import take_chunks
 from grn_scale.errors import ConfigError, UserError
@@ -46,6 +46,23 @@ def test_a_run_gives_its_newest_complete_checkpoint_and_a_step_folder_itself(tmp
     assert (found.path, found.weights, found.model) == (first, "ema", MODEL)
     target = {name: torch.zeros_like(t) for name, t in tensors().items()}
     assert take(found, target) == {} and all(torch.equal(target[name], t) for name, t in tensors(11).items())
+
+
+def test_a_wrong_origin_is_refused_before_any_process_meets_another(tmp_path):
+    first = save(tmp_path / "run", 1, model=tensors())
+    second = save(tmp_path / "run", 2, model=tensors(), ema=tensors())
+    (second / "COMPLETE").unlink()
+    for path in (tmp_path / "run", first):
+        check_origin(str(path), "raw")
+        with pytest.raises(ConfigError, match="holds no ema weights: set init.weights=raw"):
+            check_origin(str(path), "ema")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    for path, said in (("absent", "is not there"), ("file", "convert --to native"), ("empty", "no complete")):
+        with pytest.raises(ConfigError, match=f"init.from={tmp_path / path}.*{said}"):
+            check_origin(str(tmp_path / path), "raw")
+    with pytest.raises(UserError, match="init.from=.*no completion marker.*choose another"):
+        check_origin(str(second), "raw")
 
 
 def test_it_says_where_it_comes_from_and_where_that_came_from(tmp_path):

@@ -7,27 +7,36 @@ import math
 import os
 import signal
 import socket
+import threading
+import time
 from dataclasses import replace
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from grn_scale.checkpoint.background import BackgroundSaver
+from grn_scale.checkpoint.checkpoint import save_checkpoint
+from grn_scale.checkpoint.layout import newest_complete
 from grn_scale.config.run_schema import SpikesConfig, StopConfig, WatchdogConfig
-from grn_scale.config.schema import LoggingConfig
+from grn_scale.config.schema import Config, LoggingConfig, TrainConfig
 from grn_scale.data.state import DataState
 from grn_scale.errors import ConfigError, DoNotRequeue, UserError
 from grn_scale.train.board import Alarm, Board, Failure
 from grn_scale.train.failures import JobFailed, errors_shared, first_line, lost_contact
 from grn_scale.train.hang_report import headline, who_is_behind
-from grn_scale.train.health import overview
+from grn_scale.train.health import HealthFile, overview
 from grn_scale.train.heartbeat import Beat, Heart, Moment, silent_ranks
 from grn_scale.train.loop import Position
-from grn_scale.train.metrics import MetricsLog, read_metrics
+from grn_scale.train.metrics import MetricsLog, past_of_spikes, read_metrics
+from grn_scale.train.probe import Probe
 from grn_scale.train.progress import TrainingProgress
-from grn_scale.train.rollback import Rollbacks
+from grn_scale.train.resuming import goes_on
+from grn_scale.train.rollback import Rollbacks, check_rollback
 from grn_scale.train.spikes import SpikeJudge, Verdict
 from grn_scale.train.stopping import StopRequest, deadline_of
 from grn_scale.train.stragglers import RankTimes, Stragglers, slow_ranks
+from tests.helpers.checkpoints import chunks, weights
 
 
 @pytest.mark.parametrize("section,value", [
@@ -91,7 +100,7 @@ def test_the_deadline_is_the_earlier_of_limit_and_job_end(monkeypatch) -> None:
 
 def judged(losses, **settings) -> list[Verdict]:
     judge = SpikeJudge(SpikesConfig(**{"window": 8, "threshold": 5.0, "patience": 3, **settings}))
-    return [judge.judge(loss) for loss in losses]
+    return [judge.judge(step, loss) for step, loss in enumerate(losses, 1)]
 
 
 CALM = [1.0, 1.1, 0.9, 1.05, 0.95, 1.0, 1.1, 0.9]
@@ -121,17 +130,44 @@ def test_a_slow_rise_is_no_spike() -> None:
 def test_going_back_keeps_the_data_position_and_ends_for_good_at_the_limit(tmp_path) -> None:
     position, newest = Position(17, 170, DataState("s", position=17), 17), [12]
     with (MetricsLog(tmp_path, 0, LoggingConfig()) as metrics, TrainingProgress(20, 0, shown=False) as progress):
-        rollbacks = Rollbacks(SpikesConfig(limit=2), lambda: newest[0], metrics, progress)
+        rollbacks = Rollbacks(SpikesConfig(limit=3), lambda before: newest[0] and min(newest[0], before - 1), metrics,
+                              progress, before=1)
         for step in range(1, 18):
             metrics.write(step, {"loss": float(step)})
-        assert rollbacks.go_back(position, 9.0, 2.0) == replace(position, step=12)
+        assert rollbacks.go_back(position, 13, 9.0, 2.0) == replace(position, step=11), "12 made the loss of 13"
+        assert rollbacks.go_back(position, 15, 9.0, 2.0) == replace(position, step=12)
         metrics.write(13, {"loss": 0.5})
+        with pytest.raises(DoNotRequeue, match=r"4\. of this run \(spikes.limit=3, over all its"):
+            rollbacks.go_back(position, 15, 9.0, 2.0)
         newest[0] = None
-        assert rollbacks.go_back(position, 9.0, 2.0) == position, "no checkpoint yet"
-        with pytest.raises(DoNotRequeue, match=r"3\. since this start \(spikes.limit=2\)"):
-            rollbacks.go_back(position, 9.0, 2.0)
+        rollbacks = Rollbacks(SpikesConfig(limit=1), lambda before: newest[0], metrics, progress)
+        assert rollbacks.go_back(position, 15, 9.0, 2.0) == position, "no checkpoint yet"
     rows = read_metrics(tmp_path / "metrics.jsonl")
-    assert [row["step"] for row in rows] == list(range(1, 14)) and rows[-1]["loss"] == 0.5
+    assert [row["step"] for row in rows] == list(range(1, 12)) and rows[-1]["loss"] == 11.0
+    assert past_of_spikes(tmp_path, 2) == ([(10, 10.0), (11, 11.0)], 4), "also where it could not go back"
+    assert past_of_spikes(tmp_path / "new", 3) == ([], 0)
+
+
+def test_going_back_needs_a_checkpoint_before_the_newest() -> None:
+    check_rollback(Config())
+    check_rollback(Config(train=TrainConfig(keep_last=1), spikes=SpikesConfig(enabled=False)))
+    with pytest.raises(ConfigError, match="keep_last=2"):
+        check_rollback(Config(train=TrainConfig(keep_last=1)))
+
+
+def test_a_run_that_goes_on_judges_by_the_losses_before() -> None:
+    judge = SpikeJudge(SpikesConfig(window=8, threshold=5.0, patience=2), enumerate(CALM, 1))
+    assert [judge.judge(step, loss) for step, loss in ((9, 1.0), (10, 3.0), (11, 3.0))] == [FINE, SUSPICIOUS, SPIKE]
+    assert judge.rising_since == 10
+
+
+def test_a_rise_begins_before_its_first_suspicious_loss() -> None:
+    judge = SpikeJudge(SpikesConfig(window=8, threshold=5.0, patience=2), enumerate(CALM, 1))
+    rise = ((9, 1.0), (10, 1.35), (11, 1.4), (12, 3.0))
+    assert [judge.judge(step, loss) for step, loss in rise] == [FINE, FINE, FINE, SUSPICIOUS]
+    assert judge.rising_since == 10
+    judge = SpikeJudge(SpikesConfig(window=8, threshold=5.0), [*enumerate(CALM, 1), (19, 1.35)])
+    assert (judge.judge(13, 3.0), judge.rising_since) == (SUSPICIOUS, 13), "losses that a rollback left behind"
 
 
 # -- watchdog ----------------------------------------------------------------------------------------------------
@@ -216,6 +252,27 @@ def test_an_error_of_a_process_is_published_and_raised_again() -> None:
     assert board.failure() == Failure(1, socket.gethostname(), 78, "spent: all of it") and heart.failed_with == 78
 
 
+def test_the_health_file_says_soon_that_another_process_failed(tmp_path) -> None:
+    store, heart = dist.HashStore(), Heart()
+    boards = [Board(store, "run", rank, 2) for rank in range(2)]
+    for board in boards:
+        board.post(beat(board.rank))
+    heart.enter("step", 5)
+    with HealthFile(tmp_path, boards[0], heart):
+        boards[1].fail(Failure(1, "node1", 1, "on fire"))
+        until = time.monotonic() + 10
+        while not (tmp_path / "health.json").exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        assert json.loads((tmp_path / "health.json").read_text())["state"] == "failed"
+
+
+def test_only_a_run_that_starts_looks_at_what_it_may_start_from(tmp_path) -> None:
+    path = save_checkpoint(tmp_path, 1, {"model": chunks(weights())}, {}, keep_last=1)
+    assert [goes_on(str(tmp_path), mode) for mode in ("none", "auto", "must", "/a")] == [False, True, True, True]
+    path.rename(path.with_name(path.name + ".doubtful"))
+    assert not goes_on(str(tmp_path), "auto") and not goes_on(str(tmp_path / "new"), "auto")
+
+
 def test_losing_contact_is_explained_by_the_error_of_another_process() -> None:
     store = dist.HashStore()
     other, board, heart = Board(store, "run", 1, 2), Board(store, "run", 0, 2), Heart()
@@ -227,6 +284,27 @@ def test_losing_contact_is_explained_by_the_error_of_another_process() -> None:
     assert raised.value.exit_code == heart.failed_with == 2 and isinstance(raised.value, UserError)
 
 
+def test_an_error_is_told_before_the_save_in_flight_is_waited_for(tmp_path) -> None:
+    board, heart, free, told = Board(dist.HashStore(), "run", 1, 2), Heart(), threading.Event(), []
+
+    def look() -> None:
+        while board.failure() is None:
+            time.sleep(0.01)
+        told.append((str(board.failure()), heart.saving()))
+        free.set()
+
+    watcher = threading.Thread(target=look, daemon=True)
+    with (pytest.raises(ValueError), errors_shared(board, heart), BackgroundSaver(tmp_path, keep_last=2) as saver,
+          errors_shared(board, heart)):
+        heart.saving = lambda: saver.busy
+        saver._thread.submit(free.wait, 10)  # the writer is busy
+        saver.save(1, {"model": chunks(weights())}, {})
+        watcher.start()
+        raise ValueError("on fire")
+    assert told == [(f"rank 1 on {socket.gethostname()} failed: ValueError: on fire", True)]
+    assert newest_complete(tmp_path).name == "step-00000001" and not heart.saving()
+
+
 def test_only_broken_collectives_count_as_lost_contact() -> None:
     assert lost_contact(dist.DistBackendError("x")) and lost_contact(RuntimeError("NCCL error: remote process exited"))
     assert not lost_contact(RuntimeError("shapes differ")) and not lost_contact(ValueError("gloo/"))
@@ -236,21 +314,55 @@ def test_only_broken_collectives_count_as_lost_contact() -> None:
 # -- stragglers --------------------------------------------------------------------------------------------------
 
 
-def test_a_rank_that_stays_slow_is_named_once_in_three_comparisons() -> None:
+def ranks_of(*times: tuple[int, float, float, float]) -> list[RankTimes]:
+    return [RankTimes(f"node{rank}", *one) for rank, one in enumerate(times)]
+
+
+def compared(ranks: list[RankTimes], **settings) -> tuple[dict, list[str]]:
+    """Row of the third comparison of these times, the last of them this process's, and what it says."""
     said: list[str] = []
-    others = [RankTimes("a", 1.0, 0.01), RankTimes("b", 1.1, 0.01)]
-    settings = WatchdogConfig(straggler_every=2, straggler_ratio=1.3)
-    stragglers = Stragglers(settings, lambda mine: [*others, mine], said.append)
-    found = [stragglers.add(1.0 + slow, 0.01) for slow in (0.0, 2.0) * 3]
-    assert found[0] == {} and found[1]["slowest_rank"] == 2
-    assert found[1]["ranks_forward_backward_max"] == 2.0 and found[1]["ranks_forward_backward_median"] == 1.1
+    *others, mine = ranks
+    stragglers = Stragglers(WatchdogConfig(straggler_every=1, straggler_ratio=1.3, **settings), mine.replica,
+                            lambda: mine.probe, lambda own: [*others, replace(own, host=mine.host)], said.append)
+    rows = [stragglers.add(mine.forward_backward, mine.data_wait) for _ in range(3)]
+    return rows[-1], said
+
+
+def test_a_slow_rank_makes_its_replica_slow_and_is_found_in_it_by_what_it_does_alone() -> None:
+    row, said = compared(ranks_of((0, 1.0, 0.0, 0.01), (0, 0.9, 0.0, 0.01), (1, 1.1, 0.0, 0.01), (1, 1.0, 0.0, 0.01),
+                                  (2, 1.9, 0.0, 0.01), (2, 1.8, 0.0, 0.02)))
+    alone, replica = said
+    assert replica.startswith("replica 2 (ranks 4, 5 on node4, node5) is slow: forward and backward take 1.7 times")
+    assert "by itself rank 5 on node5 is slow (the probe: 2.0 times the median)" in replica
+    assert alone.startswith("rank 5 on node5 is slow by itself: the probe takes 2.0 times the median of all ranks")
+    assert (row["replicas_forward_backward_max"], row["replicas_forward_backward_slowest"]) == (1.9, 2)
+    assert (row["ranks_probe_min"], row["ranks_probe_max"], row["ranks_probe_slowest"]) == (0.01, 0.02, 5)
+
+
+def test_peers_of_a_slow_rank_are_not_named_and_what_is_not_seen_is_said() -> None:
+    _, said = compared(ranks_of((0, 1.0, 0.0, 0.01), (0, 1.0, 0.0, 0.01), (1, 1.0, 0.0, 0.01), (1, 2.0, 0.0, 0.01)))
     (message,) = said
-    assert message.startswith("rank 2 on") and "forward backward takes 1.8 times the median" in message
-    off = Stragglers(replace(settings, straggler_every=0), lambda mine: [mine], said.append)
+    assert "replica 1 (ranks 2, 3" in message and "2.0 times" in message and "none of them is slow" in message
+
+
+def test_times_are_means_and_compared_only_every_so_often() -> None:
+    said, seen = [], []
+    stragglers = Stragglers(WatchdogConfig(straggler_every=2), 0, lambda: 0.5,
+                            lambda mine: [seen.append(mine), mine][1:], said.append)
+    assert stragglers.add(1.0, 0.0) == {} and stragglers.add(3.0, 0.2)["replicas_forward_backward_max"] == 2.0
+    assert seen == [RankTimes(socket.gethostname(), 0, 2.0, 0.1, 0.5)] and said == []
+    off = Stragglers(WatchdogConfig(straggler_every=0), 0, lambda: 0.5, lambda mine: [mine], said.append)
     assert [off.add(1.0, 0.0) for _ in range(4)] == [{}] * 4
 
 
 def test_a_wait_for_data_counts_only_where_it_delays_a_step() -> None:
-    ranks = [RankTimes("a", 1.0, wait) for wait in (0.0, 0.0, 0.005, 0.5)]
+    ranks = ranks_of(*((i, 1.0, wait, 0.01) for i, wait in enumerate((0.0, 0.0, 0.005, 0.5))))
     assert list(slow_ranks(ranks, "data_wait", 1.3)) == [3]
     assert slow_ranks(ranks, "forward_backward", 1.3) == {}
+    (message,) = compared(ranks)[1]
+    assert message.startswith("rank 3 on node3 is slow by itself: waiting for samples takes 49.9 times")
+
+
+def test_the_probe_takes_some_time_and_leaves_finite_numbers() -> None:
+    probe = Probe(torch.device("cpu"))
+    assert 0 < probe() < 5 and all(buffer.isfinite().all() for buffer in probe._buffers)
