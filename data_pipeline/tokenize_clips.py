@@ -10,6 +10,7 @@ text shard and index parts, never a video shard. Two runs over the same files gi
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import os
@@ -50,7 +51,8 @@ from grn_scale.data_pipeline.settings import text_settings, video_settings
 from grn_scale.errors import ConfigError
 from grn_scale.storage import LocalStorage, Storage
 from grn_scale.tokenizer import load_tokenizer
-from grn_scale.tokenizer.text import load_text_tokenizer
+from grn_scale.tokenizer.text import TextTokenizer, load_text_tokenizer
+from grn_scale.tokenizer.video import VideoTokenizer
 
 log = logging.getLogger(__name__)
 
@@ -66,16 +68,8 @@ def tokenize(config: Config, *, retry_quarantined: bool = False, accept_environm
     Raises UserError, ConfigError, or DoNotRequeue where more of the manifest is bad than
     `tokenize.max_bad_fraction`; quarantine.jsonl is written in that case too.
     """
-    check_set(config, "data.manifest", "output", "text.encoder")
-    if "://" in config.data.manifest:
-        raise ConfigError(f"data.manifest is {config.data.manifest!r}, but manifests and clips are read from files: "
-                          "give a path")
     storage, manifest = Storage.of(config.output), Path(config.data.manifest).absolute()
-    if isinstance(storage, LocalStorage):
-        check_output(storage.location)
-    tokenizer = load_tokenizer(config.tokenizer.path)
-    texts = load_text_tokenizer(config.text.encoder, config.text.max_tokens)
-    _check_model(config, tokenizer.latent_channels, texts.hidden_size)
+    tokenizer, texts = check_before_start(config)
     estimate = estimate_texts(*sample_captions(manifest), texts, config.model.task_tags)
     log.info(estimate.describe(config.text))
     video = video_settings(config, tokenizer)
@@ -115,6 +109,21 @@ def tokenize(config: Config, *, retry_quarantined: bool = False, accept_environm
             _remove_leftovers(storage)
         warn_of_quarantined(job, done.quarantined)
         return _summary(job, done, len(before.intersection(records.finished(job.digests))), status)
+
+
+def check_before_start(config: Config) -> tuple[VideoTokenizer, TextTokenizer]:
+    """Refuse what cannot run, before anything is written; the video tokenizer and the text encoder's tokenizer."""
+    check_set(config, "data.manifest", "output", "text.encoder")
+    if "://" in config.data.manifest:
+        raise ConfigError(f"data.manifest is {config.data.manifest!r}, but manifests and clips are read from files: "
+                          "give a path")
+    storage = Storage.of(config.output)
+    if isinstance(storage, LocalStorage):
+        check_output(storage.location)
+    tokenizer = load_tokenizer(config.tokenizer.path)
+    texts = load_text_tokenizer(config.text.encoder, config.text.max_tokens)
+    _check_model(config, tokenizer.latent_channels, texts.hidden_size)
+    return tokenizer, texts
 
 
 def _check_model(config: Config, latent_channels: int, text_hidden_size: int) -> None:
@@ -167,6 +176,16 @@ def _summary(job: Job, done: Finished, kept_chunks: int, status: dict[str, Any])
 
 def main(argv: list[str]) -> int:
     """Run `grn-scale tokenize` with its arguments; the exit code."""
+    config, options = parse_command(argv)
+    start_logging()
+    summary = tokenize(config, retry_quarantined=options.retry_quarantined,
+                       accept_environment=options.accept_environment)
+    print(json.dumps(summary, indent=1) if options.json else _table(summary))
+    return 0
+
+
+def parse_command(argv: list[str]) -> tuple[Config, argparse.Namespace]:
+    """The configuration and the command's own options."""
     parser = CommandParser(
         "tokenize", "Turn the clips and captions of a manifest into token shards with an index. Run it on any number "
         "of machines over one output folder: they share the work.",
@@ -184,11 +203,7 @@ def main(argv: list[str]) -> int:
     config, options = parser.parse_command(argv)
     if options.max_bad is not None:
         config = replace(config, tokenize=replace(config.tokenize, max_bad_fraction=options.max_bad))
-    start_logging()
-    summary = tokenize(config, retry_quarantined=options.retry_quarantined,
-                       accept_environment=options.accept_environment)
-    print(json.dumps(summary, indent=1) if options.json else _table(summary))
-    return 0
+    return config, options
 
 
 def _table(summary: dict[str, Any]) -> str:

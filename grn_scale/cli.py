@@ -43,6 +43,9 @@ COMMANDS = (
             "parallel.pipeline=2"),
     Command("train", "grn_scale.pretrain.train", "pretrain on token shards (alone, or under torchrun)",
             "grn-scale train --config configs/runs/demo.yaml data.dataset=tokens/ output=runs/first"),
+    Command("slurm", "grn_scale.slurm.command", "submit jobs to a Slurm cluster, and look after them",
+            "grn-scale slurm train --cluster site.yaml --config configs/runs/demo.yaml data.dataset=tokens/ "
+            "output=runs/first --nodes 2 --submit"),
     Command("train-tokenizer", "grn_scale.tokenizer.training", "train a video tokenizer",
             "grn-scale train-tokenizer --config configs/tokenizer/small.yaml data.manifest=a.jsonl output=runs/tok"),
     Command("sample", "grn_scale.sampling.command", "sample videos from a checkpoint",

@@ -224,13 +224,29 @@ class CommandParser(argparse.ArgumentParser):
 
     def parse_unresolved(self, argv: list[str]) -> argparse.Namespace:
         """The options, with `config` and `overrides` as they were given: a checkpoint is to say what they apply to."""
+        return self.parse_intermixed_args(self._fold_overrides(argv, self._keys()))
+
+    def own_arguments(self, argv: list[str]) -> list[str]:
+        """What `argv` holds beside --config and values of the configuration."""
+        options = self.parse_unresolved(argv)
+        rest, own = self._fold_overrides(argv, self._keys()), []
+        while rest:
+            argument = rest.pop(0)
+            if argument == "--config":
+                rest.pop(0)
+            elif not argument.startswith("--config=") and argument not in options.overrides:
+                own.append(argument)
+        return own
+
+    def _keys(self) -> dict[str, Any]:
+        """Dotted name -> type of every key that any of the schemas has."""
         from grn_scale.config.schema import Config
 
         schema = self.schema or Config
         keys: dict[str, Any] = {}
         for each in schema if isinstance(schema, tuple) else (schema,):
             keys |= dotted_keys(each)
-        return self.parse_intermixed_args(self._fold_overrides(argv, keys))
+        return keys
 
     def _fold_overrides(self, argv: list[str], keys: dict[str, Any]) -> list[str]:
         """`argv` with each `--key value` and `--key=value` of the configuration written as `key=value`."""

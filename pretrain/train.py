@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 -m grn_scale train --config configs/runs/demo.yaml data.dataset=tokens/ output=runs/a
 
-Start it alone or under torchrun; the layout follows from parallel.* and the number of processes.
+Start it alone, under torchrun or under srun; the layout follows from parallel.* and the number of processes.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from grn_scale.config.check import check_layout, check_output, check_set, check_
 from grn_scale.config.load import to_dict
 from grn_scale.config.schema import Config
 from grn_scale.errors import EXIT_REQUEUE, ConfigError
+from grn_scale.parallel.dims import adopt_srun, world_size_from_environment
 
 if TYPE_CHECKING:
     import torch
@@ -39,27 +40,31 @@ log = logging.getLogger("grn_scale.train")
 
 
 def main(argv: list[str]) -> int:
+    adopt_srun()
+    config, options = command_parser("auto" if "SLURM_JOB_ID" in os.environ else "none").parse_command(argv)
+    start_logging()
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # once a node: the others would only say the same
+        check_before_start(config, options.resume, world_size_from_environment())
+    return 0 if train_run(config, options.resume) else EXIT_REQUEUE
+
+
+def command_parser(resume: str) -> CommandParser:
+    """Parser of the command's arguments; `resume` is what --resume is without it."""
     from grn_scale.config.class_schema import SCHEMAS
 
     parser = CommandParser("train", "Pretrain a GRN on token shards, on any number of processes. With a model of "
                            "configs/class/ it makes images by class, else video from text.",
                            "grn-scale train --config configs/runs/demo.yaml data.dataset=tokens/ output=runs/first",
                            schema=SCHEMAS)
-    under_slurm = "SLURM_JOB_ID" in os.environ
-    parser.add_argument("--resume", default="auto" if under_slurm else "none", metavar="none|auto|must|PATH",
+    parser.add_argument("--resume", default=resume, metavar="none|auto|must|PATH",
                         help="which checkpoint to continue from (default: none, under Slurm auto)")
-    config, options = parser.parse_command(argv)
-    start_logging()
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # once a node: the others would only say the same
-        check_before_start(config, options.resume)
-    return 0 if train_run(config, options.resume) else EXIT_REQUEUE
+    return parser
 
 
-def check_before_start(config: Config, resume: str) -> None:
-    """Refuse what cannot run, before any process group or model is built."""
+def check_before_start(config: Config, resume: str, world_size: int) -> None:
+    """Refuse what cannot run on `world_size` processes, before any process group or model is built."""
     from grn_scale.checkpoint.origin import check_origin
     from grn_scale.data.mixture import Mixture
-    from grn_scale.parallel.dims import world_size_from_environment
     from grn_scale.tokenizer import load_tokenizer
     from grn_scale.train.metrics import check_wandb
     from grn_scale.train.resuming import goes_on
@@ -67,7 +72,7 @@ def check_before_start(config: Config, resume: str) -> None:
 
     check_set(config, *([] if config.data.mixture else ["data.dataset"]), "output")
     check_output(config.output)
-    check_layout(config, world_size_from_environment())
+    check_layout(config, world_size)
     check_rollback(config)
     if config.init.from_ and not goes_on(config.output, resume):
         check_origin(config.init.from_, config.init.weights)

@@ -14,3 +14,5 @@ def pytest_addoption(parser):
     group.addoption("--parity-shape", default="", metavar="hidden=..,layers=..,heads=..", help="another tiny model")
     group.addoption("--parity-record", default="", metavar="FILE",
                     help="add a JSON line for each layout that holds, and leave out those that are there")
+    parser.addoption("--write-golden", action="store_true",
+                     help="write tests/golden/slurm anew, to be looked at before it is committed")

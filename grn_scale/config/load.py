@@ -87,7 +87,8 @@ def _unknown(key: str, valid: Iterable[str], prefix: str) -> ConfigError:
 def _convert(kind: Any, value: Any, name: str) -> Any:
     """`value` as the annotated type `kind`, without guessing: a float may be written as an integer, nothing else.
 
-    `kind` may also be an optional plain type, a tuple, or in a tuple a dataclass, which is written as a section.
+    `kind` may also be an optional plain type, a tuple, names with values (dict), or in a tuple a dataclass, which is
+    written as a section.
     """
     origin = typing.get_origin(kind)
     if origin is types.UnionType:
@@ -105,6 +106,10 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
             raise ConfigError(f"{name} is {value!r}, but must be a list{many}")
         kinds = [parts[0]] * len(value) if parts[-1] is Ellipsis else parts
         return tuple(_convert(k, v, f"{name}[{i}]") for i, (k, v) in enumerate(zip(kinds, value)))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{name} is {value!r}, but must hold names and values")
+        return {str(key): _convert(typing.get_args(kind)[1], item, f"{name}.{key}") for key, item in value.items()}
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind is float and isinstance(value, float) and not math.isfinite(value):

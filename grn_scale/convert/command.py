@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ FORMS = ("official", "native", "hf")
 
 def main(argv: list[str]) -> int:
     """Run `grn-scale convert` with its arguments; the exit code."""
-    options = _parser().parse_options(argv)
+    options = command_parser().parse_options(argv)
     start_logging()
     from grn_scale.convert.convert import Request, convert
 
@@ -33,7 +32,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_parser() -> CommandParser:
+    """Parser of the command's arguments."""
     parser = CommandParser(
         "convert", "Convert weights: GRN text/video and class-to-image models, video tokenizers, umT5 encoders. Every "
         "value and dtype is kept unless --dtype says otherwise.",

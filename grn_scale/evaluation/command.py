@@ -25,7 +25,7 @@ from grn_scale.errors import ConfigError
 from grn_scale.evaluation import calibration, features, generation, held_out, reconstruction
 from grn_scale.evaluation.class_held_out import measure_held_out_classes
 from grn_scale.evaluation.job import Job, processes, together
-from grn_scale.parallel.dims import world_size_from_environment
+from grn_scale.parallel.dims import adopt_srun, world_size_from_environment
 from grn_scale.sampling.source import open_source
 
 RESULT = "evaluation.json"
@@ -38,7 +38,8 @@ MEASUREMENTS = ("held_out", "calibrate_steps", "reconstruct", "generate", "featu
 
 def main(argv: list[str]) -> int:
     """Run `grn-scale evaluate` with its arguments; the exit code."""
-    parser = _parser()
+    adopt_srun()
+    parser = command_parser()
     options = parser.parse_unresolved(argv)
     asked = [name for name in MEASUREMENTS if getattr(options, name)]
     if not asked:
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> int:
     if options.features:
         features.check(options)
     if world_size_from_environment() > 1 and any(name in ALONE for name in asked):
-        raise ConfigError("--held-out and --calibrate-steps run in one process: leave torchrun away")
+        raise ConfigError("--held-out and --calibrate-steps run in one process: leave torchrun or srun away")
     start_logging()
     source = open_source(options.run) if options.run else None
     if source is None:
@@ -85,11 +86,12 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _parser() -> CommandParser:
+def command_parser() -> CommandParser:
+    """Parser of the command's arguments."""
     parser = CommandParser(
         "evaluate", "Measure a trained model, the video tokenizer or samples, or fit the number of refinement steps to "
         "a model. With --run and without --config the run's own configuration holds. --reconstruct, --generate and "
-        "--features divide their work over the processes of torchrun.",
+        "--features divide their work over the processes of torchrun or srun.",
         "grn-scale evaluate --run runs/first --held-out data.dataset=tokens/ output=measured/", json=True,
         schema=SCHEMAS)
     parser.add_argument("--run", metavar="RUN", help="run folder (its newest checkpoint) or step folder; --reconstruct "

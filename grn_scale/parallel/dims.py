@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import MutableMapping
 from dataclasses import dataclass, replace
-
-from grn_scale.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -91,11 +90,29 @@ class Dims:
 
 
 def world_size_from_environment() -> int:
-    """Number of processes that the launcher announces; 1 without a launcher.
-
-    ConfigError where srun started several processes that do not know of each other.
-    """
-    if "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        raise ConfigError("srun started several processes, but WORLD_SIZE, RANK and MASTER_ADDR are not set, so each "
-                          "would train alone: start one torchrun a node (srun --ntasks-per-node=1 torchrun ...)")
+    """Number of processes that the launcher announces; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def adopt_srun(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Where srun started several processes, and no other launcher between them and it, give each the variables that
+    torchrun would set: RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, and where the processes meet unless that is set.
+    """
+    if "WORLD_SIZE" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+        return
+    of_each_node = tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
+    environment |= {"RANK": environment["SLURM_PROCID"], "LOCAL_RANK": environment["SLURM_LOCALID"],
+                    "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
+                    "LOCAL_WORLD_SIZE": str(of_each_node[int(environment["SLURM_NODEID"])])}
+    environment.setdefault("MASTER_ADDR", environment["SLURM_LAUNCH_NODE_IPADDR"])
+    # the same on all nodes, another one for each job of a node, below the ports that systems give out
+    environment.setdefault("MASTER_PORT", str(15000 + int(environment["SLURM_JOB_ID"]) % 15000))
+
+
+def tasks_per_node(text: str) -> list[int]:
+    """[2, 2, 1] of Slurm's "2(x2),1"."""
+    counts: list[int] = []
+    for part in text.split(","):
+        count, _, times = part.rstrip(")").partition("(x")
+        counts += [int(count)] * int(times or 1)
+    return counts

@@ -40,8 +40,9 @@ def bench_gpu(config: Config, tokens: Sequence[int], repeats: int) -> dict[str, 
 
     from grn_scale.config.check import check_layout
     from grn_scale.parallel import groups
-    from grn_scale.parallel.dims import world_size_from_environment
+    from grn_scale.parallel.dims import adopt_srun, world_size_from_environment
 
+    adopt_srun()
     world_size = world_size_from_environment()
     if world_size != 1:
         raise ConfigError(f"bench gpu measures one GPU, but the job has {world_size} processes: start one; "

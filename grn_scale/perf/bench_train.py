@@ -22,8 +22,9 @@ def bench_train(config: Config, repeats: int) -> dict[str, Any]:
     longer the engine takes (median over the pairs of steps)."""
     from grn_scale.config.check import check_layout
     from grn_scale.parallel import groups
-    from grn_scale.parallel.dims import world_size_from_environment
+    from grn_scale.parallel.dims import adopt_srun, world_size_from_environment
 
+    adopt_srun()
     world_size = world_size_from_environment()
     check_layout(config, world_size)
     packs, weights = random_packs(config, config.tokenize.max_frames)

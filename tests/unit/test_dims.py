@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from grn_scale.parallel.dims import Coordinate, Dims
+from grn_scale.parallel.dims import Coordinate, Dims, adopt_srun, tasks_per_node
 
 
 @pytest.mark.parametrize("dims", [
@@ -50,3 +50,21 @@ def test_degrees_that_do_not_make_the_world_are_refused():
         Dims.of_world(7, tensor=2, pipeline=1)
     with pytest.raises(ValueError, match="rank 4 does not exist in a world of 4"):
         Dims(4, 2, 1, 2, 1).coordinate(4)
+
+
+def test_processes_of_srun_get_what_torchrun_would_give_them():
+    srun = {"SLURM_STEP_NUM_TASKS": "5", "SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_PROCID": "4",
+            "SLURM_LOCALID": "0", "SLURM_NODEID": "2", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7", "SLURM_JOB_ID": "30123"}
+    given = dict(srun)
+    adopt_srun(given)
+    assert given == {**srun, "RANK": "4", "LOCAL_RANK": "0", "WORLD_SIZE": "5", "LOCAL_WORLD_SIZE": "1",
+                     "MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "15123"}
+    placed = {**srun, "MASTER_ADDR": "node1", "MASTER_PORT": "9"}
+    adopt_srun(placed)
+    assert (placed["MASTER_ADDR"], placed["MASTER_PORT"]) == ("node1", "9")
+    # one process, also with a shell of its own, and processes of torchrun are left as they are
+    for untouched in ({}, {**srun, "SLURM_STEP_NUM_TASKS": "1"}, {**srun, "WORLD_SIZE": "16"}):
+        after = dict(untouched)
+        adopt_srun(after)
+        assert after == untouched
+    assert tasks_per_node("8(x3),2(x1),1") == [8, 8, 8, 2, 1]

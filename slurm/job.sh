@@ -1,0 +1,155 @@
+# What is above differs between jobs; from here on all are alike.
+#   0 done | 75 saved, goes on | 2, 78 would fail again: stopped | anything else: a crash, started again within limits
+
+job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}
+id=$job${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+restart=${SLURM_RESTART_COUNT:-0}
+logs=$records/logs/$id-$restart
+checks=$records/preflight/$id-$restart
+counter=$records/crash-loop${SLURM_ARRAY_TASK_ID:+.$SLURM_ARRAY_TASK_ID}
+stopped=$records/stopped${SLURM_ARRAY_TASK_ID:+.$SLURM_ARRAY_TASK_ID}
+
+say() { printf '%s %s\n' "$(date -u +%Y-%m-%dT%H:%M:%SZ)" "$*"; }
+
+# Training: step of the newest checkpoint. Tokenization: finished chunks. It must rise for a start to count as one that
+# got somewhere.
+progress() {
+    local most=0 path number
+    case $kind in
+    train)
+        for path in "$run"/step-*/COMPLETE; do
+            number=${path%/COMPLETE} number=${number##*/step-}
+            if [[ $number =~ ^[0-9]+$ ]] && ((10#$number > most)); then most=$((10#$number)); fi
+        done ;;
+    tokenize)
+        if [[ -d $run/chunks ]]; then most=$(find "$run/chunks" -name '*.json' | wc -l); fi ;;
+    esac
+    echo "$((most))"
+}
+
+record() { # EVENT FIELDS
+    printf '{"event": "%s", "job": %d, "task": %s, "restart": %d, "time": %d, "progress": %d, %s}\n' "$1" "$job" \
+        "${SLURM_ARRAY_TASK_ID:-null}" "$restart" "$(date +%s)" "$(progress)" "$2" >> "$records/starts.jsonl"
+}
+
+job_state() { scontrol --oneliner show job "$SLURM_JOB_ID" 2> /dev/null | sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p'; }
+
+# Ends this script. After the decision to go on the job is back in the queue.
+leave() { # CODE DECISION REASON
+    record end "\"code\": $1, \"decision\": \"$2\""
+    say "$3"
+    case $2 in
+    stop) printf '%s\n' "$3" > "$stopped" ;;
+    requeue) # where a person, or a preemption, has put it back already it waits by now
+        scontrol requeue "$id" || [[ $(job_state) == PENDING ]] ||
+            say "error: it could not go back into the queue; start it again: sbatch $records/job.sbatch" ;;
+    esac
+    exit "$1"
+}
+
+# The first start that makes no progress is counted before it is tried: a node that dies says nothing afterwards.
+count_start() {
+    local last=-1 starts=0 now
+    now=$(progress)
+    if [[ -e $counter ]]; then read -r last starts < "$counter"; fi
+    if ((now > last)); then starts=0; fi
+    if ((starts >= start_limit)); then
+        leave 78 stop "stopped: $starts starts in a row ended without progress beyond $now (see \`grn-scale slurm why\`)"
+    fi
+    echo "$now $((starts + 1))" > "$counter"
+}
+
+discount_start() {
+    local last starts
+    read -r last starts < "$counter"
+    echo "$last $((starts - 1))" > "$counter"
+}
+
+free_port() { # FIRST
+    local port=$1
+    while (exec 3<> "/dev/tcp/$MASTER_ADDR/$port") 2> /dev/null; do port=$((port + 1)); done
+    echo "$port"
+}
+
+step=
+asked=0
+ask_to_stop() {
+    asked=1
+    say "asked to stop"
+    if [[ -n $step ]]; then kill -USR2 "$step" 2> /dev/null; fi
+}
+trap ask_to_stop USR2 TERM
+
+# Runs its arguments to their end, whatever signals come to this shell meanwhile.
+attend() {
+    "$@" &
+    step=$!
+    while kill -0 "$step" 2> /dev/null; do wait "$step"; done
+    wait "$step"
+    local code=$?
+    step=
+    return "$code"
+}
+
+if [[ -e $records/cancelled ]]; then leave 0 drop "not started: the job was cancelled"; fi
+if [[ -e $stopped ]]; then leave 78 drop "not started: $(< "$stopped")"; fi
+count_start
+record start "\"nodes\": \"$SLURM_JOB_NODELIST\""
+mkdir -p "$logs" "$checks"
+
+GRN_SCALE_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')
+MASTER_ADDR=$(scontrol --oneliner show node "${GRN_SCALE_NODES%% *}" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+MASTER_PORT=$(free_port $((15000 + SLURM_JOB_ID % 15000)))
+if [[ -z ${SLURM_JOB_END_TIME:-} ]]; then
+    SLURM_JOB_END_TIME=$(date -d "$(squeue --noheader --jobs="$id" --format=%e)" +%s) || SLURM_JOB_END_TIME=
+fi
+export GRN_SCALE_NODES MASTER_ADDR MASTER_PORT SLURM_JOB_END_TIME
+say "start $restart of job $id on $SLURM_JOB_NODELIST; processes meet at $MASTER_ADDR:$MASTER_PORT; logs in $logs"
+
+if ((${#preflight[@]})); then
+    attend "${preflight[@]}" --records "$checks"
+    fit=$?
+    failed=()
+    for node in $GRN_SCALE_NODES; do
+        if [[ ! -e $checks/$node.ok ]]; then failed+=("$node"); fi
+    done
+    if ((fit != 0 && !asked)); then
+        say "error: preflight failed on ${failed[*]:-no single node}; see $checks"
+        if ((exclude_failed && ${#failed[@]})); then
+            printf '%s\n' "${failed[@]}" >> "$records/excluded-nodes"
+            nodes=$(sort -u "$records/excluded-nodes" | paste -sd, -)
+            again=$(sbatch --parsable --exclude="$nodes" ${SLURM_ARRAY_TASK_ID:+--array="$SLURM_ARRAY_TASK_ID"} \
+                "$records/job.sbatch") && echo "${again%%;*}" >> "$records/job-ids" &&
+                leave 1 next "job ${again%%;*} goes on without $nodes"
+        fi
+        if ((chained)); then leave 1 next "the next job of the chain tries again"; fi
+        leave 1 requeue "preflight failed: back into the queue"
+    fi
+    MASTER_PORT=$(free_port $((MASTER_PORT + 1)))
+fi
+
+code=75
+if ((!asked)); then
+    attend "${launch[@]}" --logs "$logs" -- "${command[@]}"
+    code=$?
+fi
+# srun tells the highest code of all processes. What would come again says more; and where one failed by itself, the
+# others were told to stop, and may have saved.
+for path in "$logs"/exit-[0-9]*; do
+    [[ -e $path ]] || continue
+    own=${path##*/exit-}
+    if ((code == 75 && own != 75)); then code=$own; fi
+done
+for fatal in 2 78; do
+    if [[ -e $logs/exit-$fatal ]]; then code=$fatal; fi
+done
+# a process that is told to stop before it can save only ends
+if ((asked && code > 128)); then code=75; fi
+if ((code == 75)); then discount_start; fi
+
+if ((code == 0)); then leave 0 "done" "done"; fi
+if ((code == 2 || code == 78)); then leave "$code" stop "stopped: exit code $code, which would come again"; fi
+if [[ -e $records/cancelled || $(job_state) == CANCELLED* ]]; then leave "$code" cancelled "cancelled"; fi
+if ((chained)); then leave "$code" next "exit code $code: the next job of the chain goes on"; fi
+if ((!requeue)); then leave "$code" next "exit code $code: go on with: sbatch $records/job.sbatch"; fi
+leave "$code" requeue "exit code $code: back into the queue"

@@ -1,0 +1,148 @@
+"""What each kind of job runs, and what must hold on the login node before it is submitted.
+
+A command is parsed by its own program here, so that what it would refuse is refused now. The job gets the resolved
+configuration, not the arguments that made it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grn_scale.command_line import config_yaml
+from grn_scale.config.check import check_output, check_set
+from grn_scale.config.load import load_config, to_dict
+from grn_scale.errors import ConfigError
+from grn_scale.slurm.records import CONFIG
+
+
+@dataclass(frozen=True)
+class Request:
+    """A command that was read and makes sense by itself."""
+
+    kind: str
+    run: str
+    """Where it writes: absolute path or URL."""
+    config: str
+    """Text of the resolved configuration; empty where the command has none, or takes that of a run."""
+    paths: tuple[str, ...]
+    """Files and folders that it names, which a container must see."""
+    command: Callable[[Path], tuple[str, ...]]
+    """Arguments of grn-scale, given the folder of the submission."""
+    check: Callable[[int], None]
+    """Raises UserError where it could not run on so many processes; looks at files and writes nothing."""
+
+
+def read_request(kind: str, argv: list[str]) -> Request:
+    """What `argv` asks of the command `kind`; ConfigError where that refuses it."""
+    return _KINDS[kind](argv)
+
+
+def _train(argv: list[str]) -> Request:
+    from grn_scale.pretrain import train
+
+    config, options = train.command_parser("auto").parse_command(argv)
+    check_set(config, "output")
+    if options.resume not in ("none", "auto", "must"):
+        raise ConfigError(f"--resume {options.resume}: a job that comes back must find its own newest checkpoint; to "
+                          "start from the weights of another run set init.from, to go on from a checkpoint of this run "
+                          "move the later step folders away, and leave --resume out")
+
+    def check(processes: int) -> None:
+        train.check_before_start(config, options.resume, processes)
+        _check_resume(options.resume, Path(config.output))
+
+    # a start that is not the first one goes on, whatever was asked of the first
+    return _of_config("train", config, check, "--resume", "auto")
+
+
+def _check_resume(resume: str, run: Path) -> None:
+    from grn_scale.checkpoint.checkpoint import resolve_resume
+    from grn_scale.checkpoint.layout import scan
+
+    if resume == "none":
+        resolve_resume(resume, run)
+    if resume == "must" and not any(found.sealed and not found.problem for found in scan(run)):
+        raise ConfigError(f"--resume must, but {run} has no complete checkpoint: leave it out to start afresh")
+
+
+def _tokenize(argv: list[str]) -> Request:
+    from grn_scale.data_pipeline import tokenize_clips
+
+    config, options = tokenize_clips.parse_command(argv)
+    check_set(config, "output")
+
+    def check(processes: int) -> None:
+        tokenize_clips.check_before_start(config)
+        if not Path(config.data.manifest).is_file():
+            raise ConfigError(f"data.manifest: there is no file {config.data.manifest}")
+
+    flags = ["--retry-quarantined"] * options.retry_quarantined + ["--accept-environment"] * options.accept_environment
+    return _of_config("tokenize", config, check, *flags)
+
+
+def _evaluate(argv: list[str]) -> Request:
+    from grn_scale.config.class_schema import SCHEMAS
+    from grn_scale.evaluation.command import command_parser
+    from grn_scale.sampling.source import open_source
+
+    parser = command_parser()
+    options, flags = parser.parse_unresolved(argv), parser.own_arguments(argv)
+    source = open_source(options.run) if options.run else None
+    config = (source.run_config(options.overrides, options.config) if source
+              else load_config(options.config, options.overrides, SCHEMAS))
+    check_set(config, "output")
+    return _of_config("evaluate", config, lambda processes: check_output(config.output), *flags, options=options)
+
+
+def _convert(argv: list[str]) -> Request:
+    from grn_scale.convert.command import command_parser
+
+    options = command_parser().parse_options(argv)
+
+    def check(processes: int) -> None:
+        if processes > 1:
+            raise ConfigError(f"convert is one process, but {processes} were asked for: leave --nodes out")
+        if not Path(options.input).exists():
+            raise ConfigError(f"--input: there is no {options.input}")
+        if Path(options.output).exists():
+            raise ConfigError(f"--output: {options.output} exists; convert writes what is not there yet")
+
+    return Request("convert", _where(options.output), "", tuple(_paths(None, options)),
+                   lambda folder: ("convert", *argv), check)
+
+
+def _of_config(kind: str, config: Any, check: Callable[[int], None], *flags: str, options: Any = None) -> Request:
+    return Request(kind, _where(config.output), config_yaml(config), tuple(_paths(config, options)),
+                   lambda folder: (kind, "--config", str(folder / CONFIG), *flags), check)
+
+
+def _where(output: str) -> str:
+    return output if "://" in output else str(Path(output).absolute())
+
+
+def _paths(config: Any, options: Any) -> Iterator[str]:
+    """Absolute paths of everything that exists under a name which the configuration or the options hold."""
+    values = [*_texts(to_dict(config) if dataclasses.is_dataclass(config) else {}),
+              *_texts(vars(options) if options is not None else {})]
+    for value in values:
+        if value and "\n" not in value and "://" not in value and Path(value).exists():
+            yield str(Path(value).absolute())
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _texts(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _texts(item)
+
+
+_KINDS: dict[str, Callable[[list[str]], Request]] = {
+    "train": _train, "tokenize": _tokenize, "convert": _convert, "evaluate": _evaluate}

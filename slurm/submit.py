@@ -1,0 +1,204 @@
+"""`grn-scale slurm train|tokenize|convert|evaluate`: show, try or submit the job that runs a command."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from grn_scale.atomic import append_line
+from grn_scale.command_line import CommandParser, start_logging
+from grn_scale.config.cluster import TIME, Cluster
+from grn_scale.errors import EXIT_FAILED, ConfigError, UserError
+from grn_scale.slurm.kinds import Request, read_request
+from grn_scale.slurm.records import CONFIG, JOB_IDS, SCRIPT, next_folder, write_submission
+from grn_scale.slurm.script import Job, batch_script
+from grn_scale.slurm.waiting import wait_for
+
+CLUSTER_VARIABLE = "GRN_SCALE_CLUSTER"
+_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
+_NAME_CHARACTERS = 64
+
+log = logging.getLogger("grn_scale")
+
+
+def main(kind: str, argv: list[str]) -> int:
+    """Show, try or submit the job; the exit code, with --wait that of the job."""
+    options, arguments = _parser(kind).parse_known_args(argv)
+    start_logging()
+    cluster = Cluster.load(_cluster_file(options))
+    request = read_request(kind, arguments)
+    job = job_of(request, cluster, options)
+    script = batch_script(job)
+    if options.print:
+        print(script, end="")
+        return 0
+    request.check(job.processes)
+    if options.dry_run:
+        return try_script(script)
+    submit(job, script, request.config)
+    return wait_for(job.records) if options.wait else 0
+
+
+def job_of(request: Request, cluster: Cluster, options: argparse.Namespace) -> Job:
+    """The job with everything derived: number of processes, folders, mounts. ConfigError where options contradict each
+    other or the cluster."""
+    gpus = cluster.gpus_per_node if options.gpus_per_node is None else options.gpus_per_node
+    shares = gpus or cluster.processes_per_node
+    if shares < 1:
+        raise ConfigError(f"the cluster {cluster.name} says neither gpus_per_node nor processes_per_node: add one to "
+                          "its file, or give --gpus-per-node")
+    if options.array and request.kind != "tokenize":
+        raise ConfigError(f"--array shares the work of tokenization; {request.kind} is one job: leave it out")
+    if options.array and options.nodes > 1:
+        raise ConfigError(f"--array {options.array} asks for elements of one node each: leave --nodes out")
+    if options.chain > 1 and options.array:
+        raise ConfigError("--chain and --array exclude each other: elements that end early are requeued, or submit "
+                          "again later, which takes up the work that is left")
+    container = cluster.container
+    if options.container:
+        if container.runtime == "none":
+            raise ConfigError(f"--container {options.container}, but the cluster {cluster.name} has no "
+                              "container.runtime: set pyxis or apptainer in its file")
+        container = dataclasses.replace(container, image=options.container)
+        cluster = dataclasses.replace(cluster, container=container)
+    parent = Path(options.records).absolute() if options.records else _records_parent(request.run, request.kind)
+    records, working = next_folder(parent), Path.cwd()
+    # a process of tokenization has workers of its own, and takes a whole node
+    processes = 1 if request.kind in ("tokenize", "convert") else shares
+    return Job(
+        kind=request.kind, name=_job_name(options.name or f"{request.kind}-{Path(request.run).name}"), cluster=cluster,
+        run=request.run, records=records, working_folder=working, command=request.command(records),
+        nodes=options.nodes, processes_per_node=processes, gpus_per_node=gpus,
+        cpus_per_node=cluster.cpus_per_process * shares,
+        time_limit=options.time or cluster.time_limit, partition=options.partition or cluster.partition,
+        account=options.account or cluster.account,
+        python=sys.executable if container.runtime == "none" else container.python,
+        mounts=mounts_of(request, records, working, container.mounts) if container.runtime != "none" else (),
+        config=records / CONFIG if request.config else None, array=options.array, chain=options.chain,
+        start_limit=options.start_limit, exclude_failed=options.exclude_failed_nodes, torchrun=options.torchrun)
+
+
+def mounts_of(request: Request, records: Path, working: Path, site: tuple[str, ...]) -> tuple[str, ...]:
+    """What a container must see, each folder once and none inside another: the site's mounts, the working folder, the
+    output, and every path that the command names."""
+    run = [] if "://" in request.run else [str(Path(request.run).parent)]
+    found = [*site, *sorted({str(working), str(records.parent.parent), *run,
+                             *(path if Path(path).is_dir() else str(Path(path).parent) for path in request.paths)},
+                            key=len)]
+    kept: list[str] = []
+    for mount in found:
+        if not any(mount == other or mount.startswith(f"{other.rstrip('/')}/") for other in kept if ":" not in other):
+            kept.append(mount)
+    for mount in kept:
+        if any(character in mount for character in ",\n") or mount.count(":") > 1:
+            raise ConfigError(f"{mount!r} cannot be mounted into a container: commas, colons and line breaks mean "
+                              "something else there; use another folder")
+    return tuple(kept)
+
+
+def try_script(script: str) -> int:
+    """Let sbatch judge the script where it is there; 0 where it would take it."""
+    if shutil.which("sbatch") is None:
+        print("the configuration is legal; there is no sbatch here to try the script", file=sys.stderr)
+        return 0
+    with tempfile.NamedTemporaryFile("w", suffix=".sbatch", encoding="utf-8") as file:
+        file.write(script)
+        file.flush()
+        done = subprocess.run(["sbatch", "--test-only", file.name], capture_output=True, text=True, check=False)
+    print((done.stderr + done.stdout).strip(), file=sys.stderr)
+    return 0 if done.returncode == 0 else EXIT_FAILED
+
+
+def submit(job: Job, script: str, config: str) -> list[str]:
+    """Slurm's numbers of the submitted jobs. UserError where sbatch refuses; the records stay to look at."""
+    if shutil.which("sbatch") is None:
+        raise UserError("there is no sbatch on PATH: submit from a login node of the cluster, or look at the script "
+                        "with --print")
+    write_submission(job, script, config)
+    numbers: list[str] = []
+    for _ in range(job.chain):
+        after = [f"--dependency=afternotok:{numbers[-1]}", "--kill-on-invalid-dep=yes"] if numbers else []
+        done = subprocess.run(["sbatch", "--parsable", *after, str(job.records / SCRIPT)], capture_output=True,
+                              text=True, check=False)
+        if done.returncode:
+            raise UserError(f"sbatch refused the job: {done.stderr.strip()}"
+                            + (f"; {len(numbers)} jobs of the chain are submitted: {' '.join(numbers)}" if numbers else
+                               f"; what it got is {job.records / SCRIPT}"))
+        numbers.append(done.stdout.strip().partition(";")[0])
+        append_line(job.records / JOB_IDS, numbers[-1])
+    log.info("job %s: %d processes on %d nodes; look at it with `grn-scale slurm status %s`", " ".join(numbers),
+             job.processes, job.nodes, job.run)
+    print(" ".join(numbers))
+    return numbers
+
+
+def _cluster_file(options: argparse.Namespace) -> str:
+    name = options.cluster or os.environ.get(CLUSTER_VARIABLE, "")
+    if not name:
+        raise ConfigError(f"which cluster? Give --cluster FILE, or set {CLUSTER_VARIABLE} once; configs/clusters/ has "
+                          "examples of ten lines")
+    return name
+
+
+def _records_parent(run: str, kind: str) -> Path:
+    """RUN/slurm; beside the output where that is no folder of its own here."""
+    if "://" in run:
+        raise ConfigError(f"output is {run}, but logs and records of a job are files: give --records FOLDER")
+    return Path(f"{run}.slurm") if kind == "convert" else Path(run) / "slurm"
+
+
+def _job_name(text: str) -> str:
+    return _NOT_IN_NAMES.sub("-", text).strip("-.")[:_NAME_CHARACTERS] or "grn-scale"
+
+
+def _parser(kind: str) -> CommandParser:
+    parser = CommandParser(
+        f"slurm {kind}", f"Run `grn-scale {kind}` as a Slurm job. Arguments that are not below are those of "
+        f"`grn-scale {kind}` (see its --help). Number of\nprocesses, ports and folders are derived.",
+        f"grn-scale slurm {kind} --cluster site.yaml ... --print", configured=False)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--print", action="store_true", help="print the batch script, and do nothing")
+    what.add_argument("--dry-run", action="store_true", help="check everything that can be checked before, and let "
+                      "sbatch judge the script")
+    what.add_argument("--submit", action="store_true", help="check, write the job's folder and submit it")
+    parser.add_argument("--wait", action="store_true", help="with --submit: stay until the job has ended, with its "
+                        "exit code")
+    parser.add_argument("--cluster", metavar="FILE", help=f"facts of the site (default: ${CLUSTER_VARIABLE})")
+    parser.add_argument("--nodes", type=_positive, default=1, metavar="N")
+    parser.add_argument("--gpus-per-node", type=int, metavar="G", help="default: what the cluster file says")
+    parser.add_argument("--time", type=_time, metavar="LIMIT", help="such as 4:00:00")
+    parser.add_argument("--partition", default="", metavar="NAME")
+    parser.add_argument("--account", default="", metavar="NAME")
+    parser.add_argument("--container", default="", metavar="IMAGE", help="another image than the cluster file's")
+    parser.add_argument("--name", default="", help="of the job (default: from the output folder)")
+    parser.add_argument("--records", metavar="FOLDER", help="where the job's records go (default: OUTPUT/slurm)")
+    parser.add_argument("--array", type=_positive, default=0, metavar="N", help="tokenize: N jobs of a node each that "
+                        "share the work; more may be submitted later")
+    parser.add_argument("--chain", type=_positive, default=1, metavar="N", help="submit N jobs of which each goes on "
+                        "where the one before ended, for sites without requeue")
+    parser.add_argument("--start-limit", type=_positive, default=3, metavar="N", help="stop after so many starts in a "
+                        "row that crashed without progress (default: 3)")
+    parser.add_argument("--exclude-failed-nodes", action="store_true", help="submit anew without nodes that fail the "
+                        "preflight")
+    parser.add_argument("--torchrun", action="store_true", help="one torchrun a node starts the processes, not srun")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+def _time(text: str) -> str:
+    if not TIME.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no time limit: write 90 (minutes), 12:00:00 or 2-00:00:00")
+    return text

@@ -1,0 +1,184 @@
+"""Jobs from submission to their last requeue, on a real Slurm of two nodes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from grn_scale.config.load import read_mapping
+from grn_scale.train.metrics import read_metrics
+from tests.helpers.jobs import MODEL, grn_scale, train_arguments, write_dataset
+from tests.helpers.slurm_cluster import SlurmCluster
+
+SITE = """\
+partition: main
+time_limit: "10"
+gpus_per_node: 2
+signal_seconds: 60
+"""
+LAYOUT = ["parallel.tensor=2", "parallel.pipeline=2", "zero.stage=1"]
+PATIENCE_SECONDS = 240
+NOT_DATA = {"slurm", "chunks", "leases", "workers", "retries", "sources", "status.json", "config.yaml", "tokenize.json",
+            "generations"}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("slurm"))
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    path = tmp_path / "site.yaml"
+    path.write_text(SITE)
+    return path
+
+
+class Slurm:
+    """`grn-scale slurm ...` on the test cluster."""
+
+    def __init__(self, cluster: SlurmCluster, site: Path) -> None:
+        self.cluster, self.site = cluster, site
+
+    def __call__(self, kind: str, *arguments: str | Path, expect: int | None = 0) -> subprocess.CompletedProcess[str]:
+        options = ["--cluster", str(self.site)] if kind in ("train", "tokenize", "convert", "evaluate") else []
+        return self.cluster.run(sys.executable, "-m", "grn_scale", "slurm", kind, *options, *map(str, arguments),
+                                expect=expect, timeout=PATIENCE_SECONDS)
+
+
+@pytest.fixture
+def slurm(cluster: SlurmCluster, site: Path) -> Slurm:
+    return Slurm(cluster, site)
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(run / "metrics.jsonl")]
+
+
+def ends(run: Path) -> list[tuple[int, str]]:
+    """Exit code and decision of each start that came to its end."""
+    lines = (run / "slurm/0001/starts.jsonl").read_text().splitlines()
+    return [(event["code"], event["decision"]) for event in map(json.loads, lines) if event["event"] == "end"]
+
+
+def logs(run: Path) -> str:
+    """What a failing test shows of a job."""
+    paths = sorted((run / "slurm").rglob("*.out")) + sorted((run / "slurm").rglob("rank-*.log"))
+    return "\n".join(f"== {path}\n{path.read_text()[-3000:]}" for path in paths)
+
+
+def until(reached: Callable[[], bool], what: str, run: Path) -> None:
+    end = time.monotonic() + PATIENCE_SECONDS
+    while not reached():
+        assert time.monotonic() < end, f"not {what}\n{logs(run)}"
+        time.sleep(0.2)
+
+
+def test_a_job_on_two_nodes_ends_as_if_nothing_had_happened_to_it(slurm: Slurm, dataset: Path, tmp_path: Path) -> None:
+    quiet, shaken = tmp_path / "quiet", tmp_path / "sha ken $HOME"
+    steps = ["train.steps=40", "train.checkpoint_every=2", "train.validate_every=20", *LAYOUT]
+    slurm("train", *train_arguments(dataset, quiet, *steps)[1:], "--nodes", 2, "--submit", "--wait")
+    assert ends(quiet) == [(0, "done")] and len(losses(quiet)) == 40
+
+    cluster = slurm.cluster
+    job = slurm("train", *train_arguments(dataset, shaken, *steps)[1:], "--nodes", 2, "--submit").stdout.strip()
+
+    def steps_done() -> int:
+        path = shaken / "metrics.jsonl"
+        return len(read_metrics(path)) if path.exists() else 0
+
+    for hit in (lambda: cluster.run("scontrol", "requeue", job),
+                lambda: cluster.run("scancel", "--signal=USR2", "--batch", job),
+                lambda: cluster.kill_node_tasks(job, "node2")):
+        before = steps_done()
+        until(lambda: cluster.state(job) == "RUNNING" and steps_done() > before + 2, "at work", shaken)
+        hit()
+        until(lambda: cluster.state(job) == "PENDING", "back in the queue", shaken)
+        cluster.release(job)
+    assert cluster.wait(job, timeout=PATIENCE_SECONDS) == "COMPLETED", logs(shaken)
+    assert losses(shaken) == losses(quiet)
+    assert ends(shaken)[-3:] == [(75, "requeue"), (137, "requeue"), (0, "done")]
+
+
+def test_a_job_that_would_fail_again_is_not_started_again(slurm: Slurm, dataset: Path, tmp_path: Path) -> None:
+    poisoned = tmp_path / "poisoned"
+    refused = slurm("train", *train_arguments(dataset, poisoned, "parallel.tensor=3")[1:], "--submit", expect=2)
+    assert "parallel.tensor" in refused.stderr and not poisoned.exists()
+
+    # legal when it is submitted, refused when it starts
+    cluster, late = slurm.cluster, tmp_path / "late"
+    cluster.run("scontrol", "update", "PartitionName=main", "State=DOWN")
+    job = slurm("train", *train_arguments(dataset, late)[1:], "--gpus-per-node", 1, "--submit").stdout.strip()
+    config = late / "slurm/0001/config.yaml"
+    config.write_text(config.read_text().replace("hidden_size: 32", "hidden_size: 33"))
+    cluster.run("scontrol", "update", "PartitionName=main", "State=UP")
+    assert cluster.wait(job, timeout=PATIENCE_SECONDS) == "FAILED"
+    assert ends(late) == [(2, "stop")]
+    assert "model.hidden_size" in slurm("why", late, expect=None).stdout
+
+
+def test_a_job_that_crashes_at_once_is_stopped_after_a_few_starts(slurm: Slurm, dataset: Path, tmp_path: Path) -> None:
+    slurm.site.write_text(SITE + "environment:\n  PYTHONHASHSEED: nonsense\n")  # with which no Python starts
+    cluster, run = slurm.cluster, tmp_path / "run"
+    job = slurm("train", *train_arguments(dataset, run)[1:], "--gpus-per-node", 1, "--start-limit", 2,
+                "--submit").stdout.strip()
+    until(lambda: cluster.state(job) == "PENDING" and len(ends(run)) == 1, "back in the queue", run)
+    cluster.release(job)
+    until(lambda: cluster.state(job) == "PENDING" and len(ends(run)) == 2, "back in the queue again", run)
+    cluster.release(job)
+    assert cluster.wait(job, timeout=PATIENCE_SECONDS) == "FAILED"
+    assert ends(run) == [(1, "requeue"), (1, "requeue"), (78, "stop")]
+    assert "2 starts in a row" in slurm("status", run).stdout
+
+
+def test_an_array_makes_the_same_dataset_though_tasks_are_killed(slurm: Slurm, dataset: Path, tmp_path: Path) -> None:
+    cluster, tokens = slurm.cluster, tmp_path / "tokens"
+    source = read_mapping(dataset / "tokens/config.yaml", "config")
+    arguments = [f"data.manifest={source['data']['manifest']}", f"text.encoder={source['text']['encoder']}",
+                 f"tokenizer.path={source['tokenizer']['path']}", "tokenize.fps=16", "tokenize.latent_side=2",
+                 "tokenize.max_frames=9", "tokenize.shard_samples=2", "tokenize.lease_seconds=5", *MODEL]
+    alone = tmp_path / "alone"
+    grn_scale("tokenize", *arguments, f"output={alone}")
+    job = slurm("tokenize", *arguments, f"output={tokens}", "--array", 8, "--submit").stdout.strip()
+    killed: set[str] = set()
+
+    def three_are_killed() -> bool:
+        for task in range(8):
+            element = f"{job}_{task}"
+            if len(killed) < 3 and element not in killed and cluster.state(element) == "RUNNING" and any(
+                    cluster.kill_node_tasks(element, node) for node in ("node1", "node2")):
+                killed.add(element)
+        return len(killed) == 3
+
+    until(three_are_killed, "three tasks killed", tokens)
+    until(lambda: all(cluster.state(element) != "RUNNING" for element in killed), "ended", tokens)
+    for element in killed:
+        cluster.release(element)
+    assert cluster.wait(job, timeout=PATIENCE_SECONDS) == "COMPLETED", logs(tokens)
+    assert sum(code == 137 for code, _ in ends(tokens)) == 3
+    assert content(tokens) == content(alone)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """The files of a dataset: shards, index and dataset.json."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.relative_to(folder).parts[0] not in NOT_DATA}
+
+
+def test_a_chain_goes_on_where_a_job_ended_and_ends_with_the_work(slurm: Slurm, dataset: Path, tmp_path: Path) -> None:
+    slurm.site.write_text(SITE + "requeue: false\n")
+    cluster, run = slurm.cluster, tmp_path / "run"
+    jobs = slurm("train", *train_arguments(dataset, run, "train.steps=60", "train.checkpoint_every=2")[1:],
+                 "--gpus-per-node", 1, "--chain", 3, "--submit").stdout.split()
+    until(lambda: (run / "metrics.jsonl").exists() and len(read_metrics(run / "metrics.jsonl")) > 3, "at work", run)
+    cluster.run("scancel", "--signal=USR2", "--batch", jobs[0])
+    assert cluster.wait(jobs[0], timeout=PATIENCE_SECONDS) == "FAILED"  # with 75
+    assert cluster.wait(jobs[1], timeout=PATIENCE_SECONDS) == "COMPLETED", logs(run)
+    assert cluster.wait(jobs[2], timeout=PATIENCE_SECONDS) == "CANCELLED"
+    assert ends(run) == [(75, "next"), (0, "done")] and len(losses(run)) == 60

@@ -1,0 +1,173 @@
+"""From a command line to a job: what is derived, what is refused, what a submission leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from grn_scale.config.cluster import Cluster
+from grn_scale.config.load import load_config
+from grn_scale.errors import ConfigError, UserError
+from grn_scale.slurm import submit
+from grn_scale.slurm.kinds import read_request
+from grn_scale.slurm.records import newest, next_folder, records_of, submissions, write_submission
+from grn_scale.slurm.script import batch_script
+
+SITE = {"bare": "gpus_per_node: 4\n",
+        "cpu": "processes_per_node: 3\ngpu_option: none\ncpus_per_process: 2\nrequeue: false\n",
+        "pyxis": "gpus_per_node: 4\ncontainer:\n  runtime: pyxis\n  image: a.sqsh\n  mounts: [/opt, '/data:/mnt']\n"}
+
+
+def job(kind: str, *arguments: str, site: str = "bare"):
+    """The job that a command line describes."""
+    path = Path(f"{site}.yaml")
+    path.write_text(SITE[site], encoding="utf-8")
+    options, rest = submit._parser(kind).parse_known_args([*arguments, "--print"])
+    return submit.job_of(read_request(kind, rest), Cluster.load(path), options)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_sizes_and_folders_follow_from_site_and_command(here: Path) -> None:
+    made = job("train", "output=runs/a", "--nodes", "3", "--parallel.tensor", "2")
+    assert (made.processes, made.processes_per_node, made.gpus_per_node) == (12, 4, 4)
+    assert made.name == "train-a" and made.run == str(here / "runs/a")
+    assert made.records == here / "runs/a/slurm/0001" and made.working_folder == here
+    assert made.command == ("train", "--config", str(made.records / "config.yaml"), "--resume", "auto")
+    made = job("train", "output=runs/a", "--gpus-per-node", "2", "--torchrun")
+    assert (made.processes, made.tasks_per_node) == (2, 1)
+    made = job("evaluate", "output=m", "--reconstruct", "data.manifest=a.jsonl", "--nodes", "2", site="cpu")
+    assert (made.processes, made.gpus_per_node, made.cpus_per_node, made.goes_back) == (6, 0, 6, False)
+    assert made.command == ("evaluate", "--config", str(made.records / "config.yaml"), "--reconstruct")
+    made = job("tokenize", "output=t", "--retry-quarantined", "--array", "8")
+    assert (made.array, made.processes, made.command[-1]) == (8, 1, "--retry-quarantined")
+    made = job("convert", "--input", "a b.pth", "--from", "official", "--to", "native", "--output", "ckpt")
+    assert made.records == here / "ckpt.slurm/0001" and made.config is None
+    assert made.command[:3] == ("convert", "--input", "a b.pth")
+
+
+def test_a_container_sees_every_folder_that_the_command_names(here: Path) -> None:
+    for folder in ("tokens", "elsewhere/tokens", "runs"):
+        (here / folder).mkdir(parents=True)
+    made = job("train", "output=runs/a", f"data.dataset={here.parent}", site="pyxis")
+    # the working folder lies in the folder of the dataset
+    assert made.mounts == ("/opt", "/data:/mnt", str(here.parent)) and made.python == "python3"
+    assert f"--container-mounts=/opt:/opt,/data:/mnt,{here.parent}:{here.parent}" in batch_script(made)
+    with pytest.raises(ConfigError, match="cannot be mounted"):
+        (here / "a,b").mkdir()
+        os.chdir(here / "a,b")
+        job("train", "output=runs/a", site="pyxis")
+
+
+@pytest.mark.parametrize("arguments,words", [
+    (["train", "output=a", "--array", "2"], "--array shares the work of tokenization"),
+    (["tokenize", "output=a", "--array", "2", "--nodes", "2"], "leave --nodes out"),
+    (["tokenize", "output=a", "--array", "2", "--chain", "2"], "exclude each other"),
+    (["train", "output=a", "--container", "b.sif"], "has no container.runtime"),
+    (["tokenize", "output=s3://bucket/a"], "give --records FOLDER"),
+    (["train", "output=a", "--gpus-per-node", "0"], "neither gpus_per_node nor processes_per_node"),
+    (["train", "output=a", "--resume", "runs/b/step-00000002"], "set init.from"),
+    (["train"], "output is not set"),
+    (["train", "output=a", "data.tokn_budget=3"], "did you mean data.token_budget"),
+    (["train", "output=a", "--time", "soon"], "is no time limit"),
+    (["train", "output=a", "--nodes", "0"], "no whole number above 0"),
+])
+def test_contradictions_are_refused(arguments: list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        job(*arguments)
+
+
+@pytest.mark.parametrize("text,words", [
+    ("gpus_per_nodes: 8\n", "did you mean gpus_per_node"), ("partition: a; rm -rf\n", "partition is 'a; rm -rf'"),
+    ("container:\n  runtime: docker\n", "container.runtime is 'docker'"),
+    ("container:\n  runtime: pyxis\n", "container.image is empty"),
+    ("time_limit: soon\n", "time_limit is 'soon'"), ("environment: [a]\n", "must hold names and values"),
+    ("environment:\n  A B: c\n", "is no name of a variable"), ("environment:\n  A: 1\n", "environment.A is 1"),
+    ("gpu_option: magic\n", "gpu_option is 'magic'"), ("signal_seconds: 0\n", "signal_seconds"),
+])
+def test_a_site_file_is_read_strictly(here: Path, text: str, words: str) -> None:
+    (here / "site.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match="site.yaml: ") as error:
+        Cluster.load(here / "site.yaml")
+    assert words in str(error.value)
+
+
+def test_the_shipped_sites_are_legal() -> None:
+    for name in ("bare_h100", "pyxis_h100", "apptainer_cpu"):
+        assert Cluster.load(f"configs/clusters/{name}.yaml").name == name
+
+
+def test_records_hold_the_code_and_configuration_that_run(here: Path) -> None:
+    made = job("train", "output=runs/a", "optimizer.lr=0.5")
+    request = read_request("train", ["output=runs/a", "optimizer.lr=0.5"])
+    write_submission(made, batch_script(made), request.config)
+    again = newest("runs/a")
+    assert again.folder == here / "runs/a/slurm/0001" and again.job_ids == []
+    assert again.facts["processes"] == 4 and again.facts["command"] == list(made.command)
+    assert {"torch", "python"} <= again.facts["versions"].keys()
+    assert load_config(again.folder / "config.yaml").optimizer.lr == 0.5
+    # the copy is complete: it runs where nothing else of the project is on the path
+    code = ("import grn_scale, grn_scale.slurm.task as task, grn_scale.pretrain.train, grn_scale.tokenizer as t;"
+            "from grn_scale.config.load import shipped_file;"
+            "print(task.__file__); print(shipped_file('runs/demo.yaml').is_file(), t.load_tokenizer is not None)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True, check=True,
+                          env={**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": str(again.folder / "code")})
+    assert done.stdout.split() == [str(again.folder / "code/grn_scale/slurm/task.py"), "True", "True"]
+    assert next_folder(records_of("runs/a")) == Path("runs/a/slurm/0002")
+    assert [each.folder.name for each in submissions("runs/a")] == ["0001"]
+    with pytest.raises(FileExistsError):
+        write_submission(made, "", "")
+    with pytest.raises(UserError, match="no submission"):
+        newest("runs/b")
+
+
+def test_what_the_job_would_refuse_is_refused_before_anything_is_written(here: Path, capsys) -> None:
+    from grn_scale.cli import main
+
+    (here / "site.yaml").write_text(SITE["bare"], encoding="utf-8")
+    poisoned = ["slurm", "train", "--cluster", "site.yaml", "output=runs/a", "data.dataset=nowhere",
+                "data.packs_per_step=4"]
+    for how in ("--dry-run", "--submit"):
+        assert main([*poisoned, "parallel.tensor=3", how]) == 2
+        assert "parallel.tensor" in capsys.readouterr().err
+        assert main([*poisoned, how]) in (1, 2)
+        assert "nowhere" in capsys.readouterr().err
+    assert [path.name for path in here.iterdir()] == ["site.yaml"]
+    # the script itself can be looked at
+    assert main([*poisoned, "--print"]) == 0
+    assert capsys.readouterr().out.startswith("#!/bin/bash\n#SBATCH --job-name=train-a\n")
+    assert [path.name for path in here.iterdir()] == ["site.yaml"]
+
+
+def test_without_sbatch_a_submission_says_so(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = job("convert", "--input", "a", "--from", "official", "--to", "native", "--output", "ckpt")
+    monkeypatch.setenv("PATH", str(here))
+    with pytest.raises(UserError, match="no sbatch on PATH"):
+        submit.submit(made, "", "")
+    assert not made.records.exists()
+
+
+def test_sbatch_gets_the_script_and_its_number_is_kept(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sbatch = here / "bin/sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text('#!/bin/sh\necho "$@" >> "$0.calls"\nwc -l < "$0.calls" | tr -d " "\n', encoding="utf-8")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", str(sbatch.parent), prepend=os.pathsep)
+    made = job("train", "output=runs/a", "--chain", "3", site="cpu")
+    assert submit.submit(made, batch_script(made), "x: 1\n") == ["1", "2", "3"]
+    script = str(made.records / "job.sbatch")
+    dropped = "--kill-on-invalid-dep=yes"
+    assert (here / "bin/sbatch.calls").read_text().splitlines() == [
+        f"--parsable {script}", f"--parsable --dependency=afternotok:1 {dropped} {script}",
+        f"--parsable --dependency=afternotok:2 {dropped} {script}"]
+    assert newest("runs/a").job_ids == ["1", "2", "3"]
+    assert json.loads((made.records / "submission.json").read_text())["chain"] == 3
