@@ -9,7 +9,7 @@ checks=$records/preflight/$id-$restart
 counter=$records/crash-loop${SLURM_ARRAY_TASK_ID:+.$SLURM_ARRAY_TASK_ID}
 stopped=$records/stopped${SLURM_ARRAY_TASK_ID:+.$SLURM_ARRAY_TASK_ID}
 
-say() { printf '%s %s\n' "$(date -u +%Y-%m-%dT%H:%M:%SZ)" "$*"; }
+say() { TZ=UTC printf '%(%Y-%m-%dT%H:%M:%SZ)T %s\n' -1 "$*"; }
 
 # Training: step of the newest checkpoint. Tokenization: finished chunks. It must rise for a start to count as one that
 # got somewhere.
@@ -28,21 +28,36 @@ progress() {
 }
 
 record() { # EVENT FIELDS
-    printf '{"event": "%s", "job": %d, "task": %s, "restart": %d, "time": %d, "progress": %d, %s}\n' "$1" "$job" \
-        "${SLURM_ARRAY_TASK_ID:-null}" "$restart" "$(date +%s)" "$(progress)" "$2" >> "$records/starts.jsonl"
+    printf '{"event": "%s", "job": %d, "task": %s, "restart": %d, "time": %(%s)T, "progress": %d, %s}\n' "$1" "$job" \
+        "${SLURM_ARRAY_TASK_ID:-null}" "$restart" -1 "$(progress)" "$2" >> "$records/starts.jsonl"
 }
 
-job_state() { scontrol --oneliner show job "$SLURM_JOB_ID" 2> /dev/null | sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p'; }
+field() { # NAME: what Slurm says of this job
+    scontrol --oneliner show job "$id" 2> /dev/null | sed -n "s/.* $1=\([^ ]*\).*/\1/p"
+}
 
-# Ends this script. After the decision to go on the job is back in the queue.
+# Whether somebody took the job away. Slurm ends a job whose time is up as well, and one that it has put back into the
+# queue by itself (a lost node, preemption, `scontrol requeue`): of that it has counted the restart already.
+taken_away() {
+    [[ -e $records/cancelled ]] && return 0
+    [[ $(field JobState) == @(COMPLETING|CANCELLED*) && $(field Reason) != TimeLimit &&
+        $(field Restarts) == "$restart" ]]
+}
+
+# Ends this script. After the decision to go on the job is back in the queue, without the nodes in $excluded.
+excluded=
 leave() { # CODE DECISION REASON
     record end "\"code\": $1, \"decision\": \"$2\""
     say "$3"
     case $2 in
     stop) printf '%s\n' "$3" > "$stopped" ;;
-    requeue) # where a person, or a preemption, has put it back already it waits by now
-        scontrol requeue "$id" || [[ $(job_state) == PENDING ]] ||
-            say "error: it could not go back into the queue; start it again: sbatch $records/job.sbatch" ;;
+    requeue) # where it is in the queue again already, it waits
+        scontrol requeue "$id" || [[ $(field JobState) == PENDING || $(field Restarts) -gt $restart ]] ||
+            say "error: it could not go back into the queue; start it again: sbatch $records/job.sbatch"
+        if [[ -n $excluded ]]; then # Slurm ends this job meanwhile, and may interrupt the first try
+            scontrol update JobId="$id" ExcNodeList="$excluded" ||
+                scontrol update JobId="$id" ExcNodeList="$excluded" || say "error: it may get these nodes again: $excluded"
+        fi ;;
     esac
     exit "$1"
 }
@@ -54,7 +69,7 @@ count_start() {
     if [[ -e $counter ]]; then read -r last starts < "$counter"; fi
     if ((now > last)); then starts=0; fi
     if ((starts >= start_limit)); then
-        leave 78 stop "stopped: $starts starts in a row ended without progress beyond $now (see \`grn-scale slurm why\`)"
+        leave 78 stop "stopped: $starts starts in a row ended without progress beyond $now; see \`grn-scale slurm why\`"
     fi
     echo "$now $((starts + 1))" > "$counter"
 }
@@ -71,6 +86,8 @@ free_port() { # FIRST
     echo "$port"
 }
 
+# srun passes USR2 on to all processes. TERM, which it would end of, comes to this script when Slurm ends the job. A
+# command substitution in a trap that a second signal interrupts would break the script.
 step=
 asked=0
 ask_to_stop() {
@@ -117,13 +134,10 @@ if ((${#preflight[@]})); then
         say "error: preflight failed on ${failed[*]:-no single node}; see $checks"
         if ((exclude_failed && ${#failed[@]})); then
             printf '%s\n' "${failed[@]}" >> "$records/excluded-nodes"
-            nodes=$(sort -u "$records/excluded-nodes" | paste -sd, -)
-            again=$(sbatch --parsable --exclude="$nodes" ${SLURM_ARRAY_TASK_ID:+--array="$SLURM_ARRAY_TASK_ID"} \
-                "$records/job.sbatch") && echo "${again%%;*}" >> "$records/job-ids" &&
-                leave 1 next "job ${again%%;*} goes on without $nodes"
+            excluded=$(sort -u "$records/excluded-nodes" | paste -sd, -)
         fi
         if ((chained)); then leave 1 next "the next job of the chain tries again"; fi
-        leave 1 requeue "preflight failed: back into the queue"
+        leave 1 requeue "preflight failed: back into the queue${excluded:+ without $excluded}"
     fi
     MASTER_PORT=$(free_port $((MASTER_PORT + 1)))
 fi
@@ -149,7 +163,7 @@ if ((code == 75)); then discount_start; fi
 
 if ((code == 0)); then leave 0 "done" "done"; fi
 if ((code == 2 || code == 78)); then leave "$code" stop "stopped: exit code $code, which would come again"; fi
-if [[ -e $records/cancelled || $(job_state) == CANCELLED* ]]; then leave "$code" cancelled "cancelled"; fi
+if taken_away; then leave "$code" cancelled "cancelled"; fi
 if ((chained)); then leave "$code" next "exit code $code: the next job of the chain goes on"; fi
 if ((!requeue)); then leave "$code" next "exit code $code: go on with: sbatch $records/job.sbatch"; fi
 leave "$code" requeue "exit code $code: back into the queue"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grn_scale.command_line import run
+from grn_scale.errors import ConfigError
 from grn_scale.slurm.preflight_check import Check, Failed, Node, Passed, Skipped, tell_checks
 
 if TYPE_CHECKING:
@@ -45,7 +46,13 @@ class Files:
         from grn_scale.config.load import load_config
         from grn_scale.slurm.records import SUBMISSION, Submission
 
-        config = load_config(self._config_file, cls=SCHEMAS)
+        try:
+            config = load_config(self._config_file, cls=SCHEMAS)
+        except ConfigError as error:
+            if isinstance(error.__cause__, OSError):
+                raise
+            # no fault of the node: the command refuses it in its own words, and the job is stopped for good
+            raise Skipped(f"the command will refuse it: {error}") from error
         submitted = self._config_file.with_name(SUBMISSION).exists()
         self._kind = Submission.read(self._config_file.parent).kind if submitted else "train"
         self._config = config

@@ -1,6 +1,6 @@
 """What is kept of a job: a numbered folder for each submission, beside or inside what the job writes.
 
-    RUN/slurm/0001/
+    RUN/slurm/0001/       RUN.slurm/0001/ of tokenization and conversion
       job.sbatch          the script
       submission.json     what was asked for, from which code (`Submission`)
       config.yaml         the resolved configuration

@@ -49,7 +49,7 @@ class Job:
     mounts: tuple[str, ...] = ()
     """Folders that a container gets to see."""
     config: Path | None = None
-    """Resolved configuration, for the preflight; None: there is none."""
+    """Resolved configuration, for the preflight; None: no preflight."""
     array: int = 0
     """Number of elements; 0: no array."""
     chain: int = 1
@@ -57,7 +57,7 @@ class Job:
     start_limit: int = 3
     """Starts in a row without progress that end the job."""
     exclude_failed: bool = False
-    """Submit anew without the nodes that fail the preflight."""
+    """Go back into the queue without the nodes that fail the preflight."""
     torchrun: bool = False
     """One torchrun a node starts the processes, in place of srun."""
 
@@ -118,8 +118,8 @@ def sbatch_options(job: Job) -> Iterator[str]:
 def launch_command(job: Job) -> list[str]:
     """What starts a process for each GPU (one torchrun a node with torchrun), up to the arguments of task.py."""
     torchrun = ["--torchrun", str(job.processes_per_node)] if job.torchrun else []
-    return [*_srun(job, job.tasks_per_node), "--kill-on-bad-exit=1", *_in_container(job), job.python, "-u", "-m", "grn_scale.slurm.task",
-            *torchrun]
+    return [*_srun(job, job.tasks_per_node), "--kill-on-bad-exit=1", *_in_container(job), job.python, "-u", "-m",
+            "grn_scale.slurm.task", *torchrun]
 
 
 def preflight_command(job: Job) -> list[str]:
@@ -128,7 +128,8 @@ def preflight_command(job: Job) -> list[str]:
     if job.config is None:
         return []
     # one that fails must not end the others before they have said what they found; a hanging start has an end, too
-    command = [*_srun(job, 1), "--kill-on-bad-exit=0", f"--time={PREFLIGHT_SECONDS // 60 + 2}", *_in_container(job), job.python, "-u", "-m", "grn_scale.slurm.preflight",
+    srun = [*_srun(job, 1), "--kill-on-bad-exit=0", f"--time={PREFLIGHT_SECONDS // 60 + 2}"]
+    command = [*srun, *_in_container(job), job.python, "-u", "-m", "grn_scale.slurm.preflight",
                "--config", str(job.config), "--gpus-per-node", str(job.gpus_per_node),
                "--seconds", str(PREFLIGHT_SECONDS)]
     if job.cluster.minimum_bandwidth:
@@ -137,7 +138,9 @@ def preflight_command(job: Job) -> list[str]:
 
 
 def _srun(job: Job, per_node: int) -> list[str]:
-    options = [f"--nodes={job.nodes}", f"--ntasks={job.nodes * per_node}", f"--ntasks-per-node={per_node}"]
+    # an --export of the submission would hold for srun, too, and leave processes without PATH
+    options = ["--export=ALL", f"--nodes={job.nodes}", f"--ntasks={job.nodes * per_node}",
+               f"--ntasks-per-node={per_node}"]
     if job.cpus_per_node:  # srun does not take it from the job
         options.append(f"--cpus-per-task={job.cpus_per_node // per_node}")
     container = job.cluster.container

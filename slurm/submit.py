@@ -82,8 +82,9 @@ def job_of(request: Request, cluster: Cluster, options: argparse.Namespace) -> J
         account=options.account or cluster.account,
         python=sys.executable if container.runtime == "none" else container.python,
         mounts=mounts_of(request, records, working, container.mounts) if container.runtime != "none" else (),
-        config=records / CONFIG if request.config else None, array=options.array, chain=options.chain,
-        start_limit=options.start_limit, exclude_failed=options.exclude_failed_nodes, torchrun=options.torchrun)
+        # where processes have to meet; a worker of tokenization fails alone, and soon
+        config=records / CONFIG if request.kind in ("train", "evaluate") else None, array=options.array,
+        chain=options.chain, start_limit=options.start_limit, exclude_failed=options.exclude_failed_nodes, torchrun=options.torchrun)
 
 
 def mounts_of(request: Request, records: Path, working: Path, site: tuple[str, ...]) -> tuple[str, ...]:
@@ -125,7 +126,8 @@ def submit(job: Job, script: str, config: str) -> list[str]:
     write_submission(job, script, config)
     numbers: list[str] = []
     for _ in range(job.chain):
-        after = [f"--dependency=afternotok:{numbers[-1]}", "--kill-on-invalid-dep=yes"] if numbers else []
+        # on all before: where one has done the work, the rest is dropped, and a dropped job counts as one that failed
+        after = [f"--dependency=afternotok:{':'.join(numbers)}", "--kill-on-invalid-dep=yes"] if numbers else []
         done = subprocess.run(["sbatch", "--parsable", *after, str(job.records / SCRIPT)], capture_output=True,
                               text=True, check=False)
         if done.returncode:
@@ -149,10 +151,10 @@ def _cluster_file(options: argparse.Namespace) -> str:
 
 
 def _records_parent(run: str, kind: str) -> Path:
-    """RUN/slurm; beside the output where that is no folder of its own here."""
+    """RUN/slurm; beside the output of tokenization and conversion, which is theirs alone."""
     if "://" in run:
         raise ConfigError(f"output is {run}, but logs and records of a job are files: give --records FOLDER")
-    return Path(f"{run}.slurm") if kind == "convert" else Path(run) / "slurm"
+    return Path(run) / "slurm" if kind in ("train", "evaluate") else Path(f"{run}.slurm")
 
 
 def _job_name(text: str) -> str:
@@ -179,15 +181,16 @@ def _parser(kind: str) -> CommandParser:
     parser.add_argument("--account", default="", metavar="NAME")
     parser.add_argument("--container", default="", metavar="IMAGE", help="another image than the cluster file's")
     parser.add_argument("--name", default="", help="of the job (default: from the output folder)")
-    parser.add_argument("--records", metavar="FOLDER", help="where the job's records go (default: OUTPUT/slurm)")
+    parser.add_argument("--records", metavar="FOLDER", help="where the job's records go (default: "
+                        "OUTPUT/slurm; OUTPUT.slurm of tokenize and convert)")
     parser.add_argument("--array", type=_positive, default=0, metavar="N", help="tokenize: N jobs of a node each that "
                         "share the work; more may be submitted later")
     parser.add_argument("--chain", type=_positive, default=1, metavar="N", help="submit N jobs of which each goes on "
                         "where the one before ended, for sites without requeue")
     parser.add_argument("--start-limit", type=_positive, default=3, metavar="N", help="stop after so many starts in a "
                         "row that crashed without progress (default: 3)")
-    parser.add_argument("--exclude-failed-nodes", action="store_true", help="submit anew without nodes that fail the "
-                        "preflight")
+    parser.add_argument("--exclude-failed-nodes", action="store_true", help="go back into the queue without the "
+                        "nodes that fail the preflight")
     parser.add_argument("--torchrun", action="store_true", help="one torchrun a node starts the processes, not srun")
     return parser
 

@@ -97,17 +97,16 @@ class SlurmCluster:
     daemons' logs where it does not come up within a minute.
     """
 
-    def __init__(self) -> None:
-        self.folder = Path()
-        self.environment: Mapping[str, str] = {}
-        self._family: subprocess.Popen[str] | None = None
+    folder: Path
+    environment: Mapping[str, str]
+    """Of a process that talks to this cluster: PATH, SLURM_CONF, and none of the variables of a job that runs us."""
 
     def __enter__(self) -> SlurmCluster:
         # A short path, for a socket's may have 107 characters; and open to all, which munged wants to see.
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
         self.folder.chmod(0o755)
         family = Path(__file__).with_name("process_family.py")
-        foreign = ("SLURM", "SBATCH_", "SRUN_", "SALLOC_", "SQUEUE_", "SCANCEL_", "SINFO_")  # of a job that runs us
+        foreign = ("SLURM", "SBATCH_", "SRUN_", "SALLOC_", "SQUEUE_", "SCANCEL_", "SINFO_")
         self.environment = {**{name: value for name, value in os.environ.items() if not name.startswith(foreign)},
                             "PATH": PATH, "SLURM_CONF": str(self.folder / "slurm.conf")}
         self._family = subprocess.Popen([sys.executable, family, self.folder], text=True, stdin=subprocess.PIPE,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import signal
 import subprocess
@@ -15,6 +14,17 @@ from tests.helpers.slurm_cluster import SlurmCluster
 
 TASK = "trap 'echo USR2 $SLURM_PROCID' USR2; echo up $SLURM_PROCID; for i in {1..300}; do sleep 0.1; done"
 """A rank that says when it has begun and each USR2, for half a minute."""
+
+KILLED = """
+import os, signal
+from tests.helpers.slurm_cluster import SlurmCluster
+
+with SlurmCluster() as cluster:
+    cluster.wait(cluster.submit("sleep 300", "--output=/dev/null"), "RUNNING")
+    print(cluster.folder, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+"""A program that is killed while a job runs on the cluster it started."""
 
 
 def wait_for(path: Path, *texts: str, timeout: float = 20) -> str:
@@ -97,7 +107,7 @@ def test_each_element_of_an_array_is_a_job_of_its_own(cluster, tmp_path):
     assert [(tmp_path / f"{array}_{i}").read_text() for i in range(4)] == ["0\n", "1\n", "2\n", "3\n"]
 
 
-def test_a_cluster_beside_another_takes_its_jobs_and_its_folder_with_it():
+def test_a_cluster_beside_another_takes_its_jobs_and_its_folder_with_it(cluster):
     with SlurmCluster() as second:
         job = second.submit("sleep 300 & setsid sleep 300 & wait", "--output=/dev/null")
         second.wait(job, "RUNNING")
@@ -106,12 +116,9 @@ def test_a_cluster_beside_another_takes_its_jobs_and_its_folder_with_it():
     assert not second.folder.exists()
 
 
-def test_a_cluster_ends_with_the_process_that_started_it():
-    code = ("import os, signal\nfrom tests.helpers.slurm_cluster import SlurmCluster\n"
-            "with SlurmCluster() as cluster:\n    cluster.wait(cluster.submit('sleep 300', '--output=/dev/null'), 'RUNNING')\n"
-            "    print(cluster.folder, flush=True)\n    os.kill(os.getpid(), signal.SIGKILL)\n")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
-                          env={**os.environ, "PYTHONPATH": os.getcwd()})
+def test_a_cluster_ends_with_the_process_that_started_it(cluster):
+    done = subprocess.run([sys.executable, "-c", KILLED], capture_output=True, text=True, timeout=60,
+                          cwd=Path(__file__).parents[2])
     folder = done.stdout.strip()
     assert (done.returncode, folder[:11]) == (-signal.SIGKILL, "/tmp/slurm-"), done.stderr
     end = time.monotonic() + 10

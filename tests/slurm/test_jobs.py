@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from grn_scale.config.load import read_mapping
+from grn_scale.slurm.records import newest
 from grn_scale.train.metrics import read_metrics
 from tests.helpers.jobs import MODEL, grn_scale, train_arguments, write_dataset
 from tests.helpers.slurm_cluster import SlurmCluster
+from tests.helpers.tokenize_setup import content
 
 SITE = """\
 partition: main
@@ -24,8 +26,6 @@ signal_seconds: 60
 """
 LAYOUT = ["parallel.tensor=2", "parallel.pipeline=2", "zero.stage=1"]
 PATIENCE_SECONDS = 240
-NOT_DATA = {"slurm", "chunks", "leases", "workers", "retries", "sources", "status.json", "config.yaml", "tokenize.json",
-            "generations"}
 
 
 @pytest.fixture(scope="module")
@@ -58,18 +58,20 @@ def slurm(cluster: SlurmCluster, site: Path) -> Slurm:
 
 
 def losses(run: Path) -> list[float]:
-    return [row["loss"] for row in read_metrics(run / "metrics.jsonl")]
+    return [row["loss"] for row in read_metrics(run / "metrics.jsonl") if "loss" in row]
 
 
 def ends(run: Path) -> list[tuple[int, str]]:
     """Exit code and decision of each start that came to its end."""
-    lines = (run / "slurm/0001/starts.jsonl").read_text().splitlines()
+    path = newest(run).folder / "starts.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
     return [(event["code"], event["decision"]) for event in map(json.loads, lines) if event["event"] == "end"]
 
 
 def logs(run: Path) -> str:
     """What a failing test shows of a job."""
-    paths = sorted((run / "slurm").rglob("*.out")) + sorted((run / "slurm").rglob("rank-*.log"))
+    records = newest(run).folder
+    paths = sorted(records.rglob("*.out")) + sorted(records.rglob("rank-*.log"))
     return "\n".join(f"== {path}\n{path.read_text()[-3000:]}" for path in paths)
 
 
@@ -163,12 +165,6 @@ def test_an_array_makes_the_same_dataset_though_tasks_are_killed(slurm: Slurm, d
     assert cluster.wait(job, timeout=PATIENCE_SECONDS) == "COMPLETED", logs(tokens)
     assert sum(code == 137 for code, _ in ends(tokens)) == 3
     assert content(tokens) == content(alone)
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    """The files of a dataset: shards, index and dataset.json."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.relative_to(folder).parts[0] not in NOT_DATA}
 
 
 def test_a_chain_goes_on_where_a_job_ended_and_ends_with_the_work(slurm: Slurm, dataset: Path, tmp_path: Path) -> None:

@@ -35,9 +35,9 @@ VARIANTS = {
     "apptainer_chain": in_cluster("apptainer_cpu", python="python3", mounts=("/shared", "/home/someone/grn"),
                                   gpus_per_node=0, processes_per_node=4, chain=3),
     "tokenize_array": dataclasses.replace(
-        BARE, kind="tokenize", name="tokenize-tokens", run="/shared/tokens", records=Path("/shared/tokens/slurm/0001"),
-        command=("tokenize", "--config", "/shared/tokens/slurm/0001/config.yaml"), nodes=1, processes_per_node=1,
-        array=8, config=Path("/shared/tokens/slurm/0001/config.yaml")),
+        BARE, kind="tokenize", name="tokenize-tokens", run="/shared/tokens", records=Path("/shared/tokens.slurm/0001"),
+        command=("tokenize", "--config", "/shared/tokens.slurm/0001/config.yaml"), nodes=1, processes_per_node=1,
+        array=8, config=None),
     "convert": dataclasses.replace(
         BARE, kind="convert", name="convert-ckpt", run="/shared/ckpt", records=Path("/shared/ckpt.slurm/0001"),
         command=("convert", "--input", "GRN_T2V_2B.pth", "--from", "official", "--to", "native", "--output",

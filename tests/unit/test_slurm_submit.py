@@ -168,6 +168,6 @@ def test_sbatch_gets_the_script_and_its_number_is_kept(here: Path, monkeypatch: 
     dropped = "--kill-on-invalid-dep=yes"
     assert (here / "bin/sbatch.calls").read_text().splitlines() == [
         f"--parsable {script}", f"--parsable --dependency=afternotok:1 {dropped} {script}",
-        f"--parsable --dependency=afternotok:2 {dropped} {script}"]
+        f"--parsable --dependency=afternotok:1:2 {dropped} {script}"]
     assert newest("runs/a").job_ids == ["1", "2", "3"]
     assert json.loads((made.records / "submission.json").read_text())["chain"] == 3
