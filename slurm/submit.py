@@ -84,7 +84,8 @@ def job_of(request: Request, cluster: Cluster, options: argparse.Namespace) -> J
         mounts=mounts_of(request, records, working, container.mounts) if container.runtime != "none" else (),
         # where processes have to meet; a worker of tokenization fails alone, and soon
         config=records / CONFIG if request.kind in ("train", "evaluate") else None, array=options.array,
-        chain=options.chain, start_limit=options.start_limit, exclude_failed=options.exclude_failed_nodes, torchrun=options.torchrun)
+        chain=options.chain, start_limit=options.start_limit, exclude_failed=options.exclude_failed_nodes,
+        torchrun=options.torchrun)
 
 
 def mounts_of(request: Request, records: Path, working: Path, site: tuple[str, ...]) -> tuple[str, ...]:

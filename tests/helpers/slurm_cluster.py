@@ -225,7 +225,8 @@ class SlurmCluster:
 
         The batch shell and Slurm's own daemons of the job live on.
         """
-        wanted = {f"SLURM_JOB_ID={self._ask(job, '%A')[0]}", f"SLURMD_NODENAME={node}"}
+        wanted = {f"SLURM_JOB_ID={self._ask(job, '%A')[0]}", f"SLURMD_NODENAME={node}",
+                  f"SLURM_CONF={self.environment['SLURM_CONF']}"}
         hit = 0
         for process in Path("/proc").glob("[0-9]*"):
             try:
