@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from grn_scale.slurm.queue import Entry, Queue, ask
+from grn_scale.slurm.squeue import Entry, Queue, ask
 from grn_scale.slurm.records import CANCELLED, STOPPED, Submission
 from grn_scale.slurm.starts import Start, in_words, of_task, read_starts
 

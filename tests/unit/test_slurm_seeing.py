@@ -8,7 +8,7 @@ import pytest
 
 from grn_scale.errors import ConfigError, UserError
 from grn_scale.slurm import cancel, logs, status, why
-from grn_scale.slurm.queue import ask, job_ids
+from grn_scale.slurm.squeue import ask, job_ids
 from grn_scale.slurm.starts import in_words, read_starts
 from grn_scale.slurm.tail import begin_of_last_lines, last_bytes
 from grn_scale.slurm.times import duration
