@@ -21,10 +21,10 @@ from grn_scale.data.dataset_info import read_dataset_info, write_dataset
 from grn_scale.data.index_parts import INDEX_FOLDER
 from grn_scale.data.schema import DatasetInfo, ShardInfo, TextRef
 from grn_scale.data_pipeline.job import Job
-from grn_scale.data_pipeline.leases import ClaimLost, Leases
 from grn_scale.data_pipeline.records import Records
 from grn_scale.data_pipeline.repeats import without_repeats
 from grn_scale.errors import UserError
+from grn_scale.leases import ClaimLost, Leases
 from grn_scale.storage import Storage
 from grn_scale.tokenizer.text import TextTokenizer, text_key
 

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from grn_scale.data_pipeline.job import Job
-from grn_scale.data_pipeline.leases import ClaimLost, Leases
 from grn_scale.data_pipeline.meter import FOLDER as WORKERS
 from grn_scale.data_pipeline.meter import refresh_seconds
 from grn_scale.data_pipeline.read_ahead import read_ahead
 from grn_scale.data_pipeline.records import Records
 from grn_scale.errors import UserError
+from grn_scale.leases import ClaimLost, Leases
 from grn_scale.storage import Storage
 
 log = logging.getLogger(__name__)

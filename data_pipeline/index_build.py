@@ -20,10 +20,10 @@ from grn_scale.data.schema import DatasetInfo
 from grn_scale.data_pipeline.chunks import VideoSettings
 from grn_scale.data_pipeline.finish import finish
 from grn_scale.data_pipeline.job import JOB_FILE, open_job
-from grn_scale.data_pipeline.leases import Leases
 from grn_scale.data_pipeline.records import Records
 from grn_scale.data_pipeline.settings import text_settings
 from grn_scale.errors import ConfigError, UserError
+from grn_scale.leases import Leases
 from grn_scale.storage import LocalStorage, Storage
 from grn_scale.tokenizer.text import load_text_tokenizer
 

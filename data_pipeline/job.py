@@ -23,8 +23,8 @@ from grn_scale.data.manifest_chunks import ManifestChunk, chunk_manifest
 from grn_scale.data_pipeline.chunks import VideoSettings, digest
 from grn_scale.data_pipeline.encode_texts import TextSettings
 from grn_scale.data_pipeline.environment import Environment, differences
-from grn_scale.data_pipeline.leases import Leases
 from grn_scale.errors import UserError
+from grn_scale.leases import Leases
 from grn_scale.storage import LocalStorage, Storage
 
 log = logging.getLogger(__name__)

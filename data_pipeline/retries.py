@@ -19,9 +19,9 @@ from typing import Any
 
 from grn_scale.data.media_file import Media
 from grn_scale.data_pipeline.chunks import HASH_BYTES
-from grn_scale.data_pipeline.leases import Leases
 from grn_scale.data_pipeline.read_ahead import read_ahead
 from grn_scale.data_pipeline.records import PASSING_REASONS, RecordName, Records
+from grn_scale.leases import Leases
 from grn_scale.storage import Storage
 
 log = logging.getLogger(__name__)

@@ -44,11 +44,11 @@ from grn_scale.data_pipeline.finish import (
 from grn_scale.data_pipeline.fleet import run_workers
 from grn_scale.data_pipeline.fleet_status import fleet_status, shown
 from grn_scale.data_pipeline.job import Job, begin_generation, claim_folder, open_job
-from grn_scale.data_pipeline.leases import Leases
 from grn_scale.data_pipeline.records import Records
 from grn_scale.data_pipeline.retries import ask_for_retry, ask_for_returned, asked_for
 from grn_scale.data_pipeline.settings import text_settings, video_settings
 from grn_scale.errors import ConfigError
+from grn_scale.leases import Leases
 from grn_scale.storage import LocalStorage, Storage
 from grn_scale.tokenizer import load_tokenizer
 from grn_scale.tokenizer.text import TextTokenizer, load_text_tokenizer

@@ -45,13 +45,13 @@ from grn_scale.data_pipeline.encode_texts import TextShards
 from grn_scale.data_pipeline.encode_videos import VideoShards
 from grn_scale.data_pipeline.environment import environment
 from grn_scale.data_pipeline.job import Job, open_job
-from grn_scale.data_pipeline.leases import ClaimLost, Leases
 from grn_scale.data_pipeline.meter import WorkerMeter
 from grn_scale.data_pipeline.published import PublishedTars
 from grn_scale.data_pipeline.records import ChunkRecord, RecordName, Records, SourcesRecord
 from grn_scale.data_pipeline.retries import asked_for
 from grn_scale.data_pipeline.settings import load_text, text_settings, video_settings
 from grn_scale.errors import EXIT_FAILED, DoNotRequeue, UserError
+from grn_scale.leases import ClaimLost, Leases
 from grn_scale.storage import Storage
 from grn_scale.tokenizer import load_tokenizer
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from grn_scale.atomic import write_bytes
 from grn_scale.command_line import CommandParser, run, start_logging
 from grn_scale.errors import UserError
-from grn_scale.slurm.squeue import Answer, Entry, ask, tell
 from grn_scale.slurm.records import CANCELLED, Submission, newest
+from grn_scale.slurm.squeue import Answer, Entry, ask, tell
 
 
 def cancel(submission: Submission, *, now: bool) -> tuple[list[Entry], list[Entry]]:

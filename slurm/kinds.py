@@ -34,6 +34,8 @@ class Request:
     """Arguments of grn-scale, given the folder of the submission."""
     check: Callable[[int], None]
     """Raises UserError where it could not run on so many processes; looks at files and writes nothing."""
+    shared: bool = False
+    """Whether several jobs may do its work together."""
 
 
 def read_request(kind: str, argv: list[str]) -> Request:
@@ -101,6 +103,8 @@ def _evaluate(argv: list[str]) -> Request:
 def _convert(argv: list[str]) -> Request:
     from grn_scale.convert.command import command_parser
 
+    if any(argument.partition("=")[0] == "--list" for argument in argv):
+        return _convert_many(argv)
     options = command_parser().parse_options(argv)
 
     def check(processes: int) -> None:
@@ -115,9 +119,25 @@ def _convert(argv: list[str]) -> Request:
                    lambda folder: ("convert", *argv), check)
 
 
+def _convert_many(argv: list[str]) -> Request:
+    from grn_scale.convert.command import conversions, list_parser
+
+    options = list_parser().parse_options(argv)
+    lines = conversions(options.list)
+
+    def check(processes: int) -> None:
+        for line in lines:
+            if not line.request.input.exists():
+                raise ConfigError(f"{options.list}:{line.number}: there is no {line.request.input}")
+
+    named = {folder for line in lines for folder in (line.request.input, line.request.output.parent)}
+    return Request("convert", _where(options.list), "", (_where(options.list), *sorted(map(_where, map(str, named)))),
+                   lambda folder: ("convert", *argv), check, shared=True)
+
+
 def _of_config(kind: str, config: Any, check: Callable[[int], None], *flags: str, options: Any = None) -> Request:
     return Request(kind, _where(config.output), config_yaml(config), tuple(_paths(config, options)),
-                   lambda folder: (kind, "--config", str(folder / CONFIG), *flags), check)
+                   lambda folder: (kind, "--config", str(folder / CONFIG), *flags), check, kind == "tokenize")
 
 
 def _where(output: str) -> str:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from grn_scale.command_line import CommandParser, run, start_logging
 from grn_scale.errors import ConfigError, UserError
-from grn_scale.slurm.squeue import ask
 from grn_scale.slurm.records import LOGS, Submission, newest
+from grn_scale.slurm.squeue import ask
 from grn_scale.slurm.starts import FILE_NAME, Start, of_task, read_starts
 from grn_scale.slurm.tail import begin_of_last_lines
 

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from grn_scale.slurm.squeue import Entry, Queue, ask
 from grn_scale.slurm.records import CANCELLED, STOPPED, Submission
+from grn_scale.slurm.squeue import Entry, Queue, ask
 from grn_scale.slurm.starts import Start, in_words, of_task, read_starts
 
 FINISHED, STOPPED_STATE, CANCELLED_STATE, DIED, ENDED_STATE = "finished", "stopped", "cancelled", "died", "ended"

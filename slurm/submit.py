@@ -55,8 +55,9 @@ def job_of(request: Request, cluster: Cluster, options: argparse.Namespace) -> J
     if shares < 1:
         raise ConfigError(f"the cluster {cluster.name} says neither gpus_per_node nor processes_per_node: add one to "
                           "its file, or give --gpus-per-node")
-    if options.array and request.kind != "tokenize":
-        raise ConfigError(f"--array shares the work of tokenization; {request.kind} is one job: leave it out")
+    if options.array and not request.shared:
+        raise ConfigError("--array shares the work of tokenization, or of convert --list FILE; this is one job: leave "
+                          "it out")
     if options.array and options.nodes > 1:
         raise ConfigError(f"--array {options.array} asks for elements of one node each: leave --nodes out")
     if options.chain > 1 and options.array:
@@ -184,8 +185,8 @@ def _parser(kind: str) -> CommandParser:
     parser.add_argument("--name", default="", help="of the job (default: from the output folder)")
     parser.add_argument("--records", metavar="FOLDER", help="where the job's records go (default: "
                         "OUTPUT/slurm; OUTPUT.slurm of tokenize and convert)")
-    parser.add_argument("--array", type=_positive, default=0, metavar="N", help="tokenize: N jobs of a node each that "
-                        "share the work; more may be submitted later")
+    parser.add_argument("--array", type=_positive, default=0, metavar="N", help="tokenize, convert --list: N jobs of "
+                        "a node each that share the work; more may be submitted later")
     parser.add_argument("--chain", type=_positive, default=1, metavar="N", help="submit N jobs of which each goes on "
                         "where the one before ended, for sites without requeue")
     parser.add_argument("--start-limit", type=_positive, default=3, metavar="N", help="stop after so many starts in a "

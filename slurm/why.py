@@ -9,8 +9,8 @@ from typing import Any
 
 from grn_scale.command_line import CommandParser, run, start_logging
 from grn_scale.slurm.diagnosis import Diagnosis, diagnose
-from grn_scale.slurm.squeue import Entry
 from grn_scale.slurm.records import newest
+from grn_scale.slurm.squeue import Entry
 from grn_scale.slurm.standing import CANCELLED_STATE, DIED, ENDED_STATE, FINISHED, STOPPED_STATE, Standing, standing_of
 from grn_scale.slurm.starts import Start
 from grn_scale.slurm.times import clock

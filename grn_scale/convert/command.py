@@ -5,38 +5,79 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grn_scale.command_line import CommandParser, run, start_logging
 from grn_scale.config.load import parse_yaml, shipped_file
 from grn_scale.errors import ConfigError
+
+if TYPE_CHECKING:
+    from grn_scale.convert.convert import Request
+    from grn_scale.convert.many import Line
 
 FORMS = ("official", "native", "hf")
 
 
 def main(argv: list[str]) -> int:
     """Run `grn-scale convert` with its arguments; the exit code."""
+    if any(argument.partition("=")[0] == "--list" for argument in argv):
+        return _many(argv)
     options = command_parser().parse_options(argv)
     start_logging()
-    from grn_scale.convert.convert import Request, convert
+    from grn_scale.convert.convert import convert
 
-    written = convert(Request(
+    written = convert(_request(options))
+    print(json.dumps(written, indent=1) if options.json else _table(written))
+    return 0
+
+
+def _many(argv: list[str]) -> int:
+    options = list_parser().parse_options(argv)
+    start_logging()
+    from grn_scale.convert.many import convert_listed
+
+    summary = convert_listed(Path(options.list), conversions(options.list))
+    print(json.dumps(summary, indent=1) if options.json else
+          f"{summary['conversions']} conversions are done, {summary['made_here']} of them by this process")
+    return 0
+
+
+def conversions(name: str) -> list[Line]:
+    """The conversions of a --list file; ConfigError naming the line that makes no sense."""
+    from grn_scale.convert.many import read_list
+
+    return read_list(Path(name), lambda words: _request(command_parser().parse_options(words)))
+
+
+def _request(options: argparse.Namespace) -> Request:
+    from grn_scale.convert.convert import Request
+
+    return Request(
         input=Path(options.input), source=options.source, target=options.target, output=Path(options.output),
         layout=options.layout, weights=options.weights, model=_model_values(options.model), dtype=options.dtype,
         allow_missing=options.allow_missing, tokenizer=options.tokenizer and Path(options.tokenizer),
-        text_encoder=options.text_encoder and Path(options.text_encoder)))
-    print(json.dumps(written, indent=1) if options.json else _table(written))
-    return 0
+        text_encoder=options.text_encoder and Path(options.text_encoder))
+
+
+def list_parser() -> CommandParser:
+    """Parser of the arguments with --list."""
+    parser = CommandParser(
+        "convert", "Do the conversions of a file, one a line as they would stand behind `grn-scale convert`. Any "
+        "number of processes share the work; an output that is there is left as it is.",
+        "grn-scale convert --list conversions.txt", configured=False, json=True)
+    parser.add_argument("--list", required=True, metavar="FILE")
+    return parser
 
 
 def command_parser() -> CommandParser:
     """Parser of the command's arguments."""
     parser = CommandParser(
         "convert", "Convert weights: GRN text/video and class-to-image models, video tokenizers, umT5 encoders. Every "
-        "value and dtype is kept unless --dtype says otherwise.",
+        "value and dtype is kept unless --dtype says otherwise. `--list FILE` alone does one conversion for each line.",
         "grn-scale convert --input GRN_T2V_2B.pth --from official --to native --output ckpt/",
         configured=False, json=True)
     parser.add_argument("--input", required=True, metavar="PATH", help="file or folder of weights")

@@ -13,8 +13,8 @@ from grn_scale.data.dataset import Dataset
 from grn_scale.data_pipeline import finish, tokenize_clips, verify, worker
 from grn_scale.data_pipeline.encode_videos import VideoShards
 from grn_scale.data_pipeline.index_build import run_build
-from grn_scale.data_pipeline.leases import Leases
 from grn_scale.errors import UserError
+from grn_scale.leases import Leases
 from tests.helpers.clips import write_clip
 from tests.helpers.tokenize_setup import CLIPS, content, stamps
 

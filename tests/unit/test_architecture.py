@@ -13,7 +13,7 @@ from grn_scale.cli import COMMANDS
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM_FOLDERS = {"pretrain", "data_pipeline", "tools", "slurm"}
 PROGRAMS = {command.module for command in COMMANDS} | {"grn_scale.cli", "grn_scale.__main__"}
-FOUNDATION = {"errors", "atomic", "storage", "keyed", "batch", "hbq", "config"}
+FOUNDATION = {"errors", "atomic", "storage", "leases", "keyed", "batch", "hbq", "config"}
 """What every folder may import."""
 ARROWS = {
     "config": set(),

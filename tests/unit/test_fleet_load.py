@@ -20,10 +20,10 @@ from grn_scale.data_pipeline.finish import LEASE as FINISH_LEASE
 from grn_scale.data_pipeline.finish import QUARANTINE_FILE, finished, quarantine_unfinished, write_quarantine
 from grn_scale.data_pipeline.fleet_status import STATUS_FILE, FleetStatus, Workers
 from grn_scale.data_pipeline.job import GENERATION_FILE, Job
-from grn_scale.data_pipeline.leases import Leases
 from grn_scale.data_pipeline.meter import WorkerMeter, refresh_seconds
 from grn_scale.data_pipeline.read_ahead import READERS, read_ahead
 from grn_scale.data_pipeline.records import ChunkRecord, RecordName, Records, SourcesRecord
+from grn_scale.leases import Leases
 from tests.helpers.counting_storage import CountingStorage
 from tests.helpers.token_dataset import write_tokens
 

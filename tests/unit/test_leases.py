@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from grn_scale.data_pipeline.leases import FOLDER, ClaimLost, Leases
+from grn_scale.leases import FOLDER, ClaimLost, Leases
 from grn_scale.storage import Storage
 
 
@@ -84,7 +84,7 @@ def test_a_holder_that_slept_leaves_the_claim_to_the_one_who_took_it(storage):
 
 
 def test_the_claim_of_a_dead_process_of_this_machine_is_free_at_once(tmp_path):
-    code = ("import os, sys\nfrom grn_scale.data_pipeline.leases import Leases\nfrom grn_scale.storage import Storage\n"
+    code = ("import os, sys\nfrom grn_scale.leases import Leases\nfrom grn_scale.storage import Storage\n"
             "Leases(Storage.of(sys.argv[1]), 3600).claim('a')\nos._exit(0)")
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=60)
     with Leases(Storage.of(tmp_path), 3600) as mine:

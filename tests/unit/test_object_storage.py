@@ -13,8 +13,8 @@ from grn_scale import storage as storage_module
 from grn_scale.data import payloads
 from grn_scale.data.block_cache import DiskBlocks
 from grn_scale.data.dataset import CorruptSample, Dataset
-from grn_scale.data_pipeline.leases import FOLDER, Leases
 from grn_scale.errors import UserError
+from grn_scale.leases import FOLDER, Leases
 from grn_scale.storage import Storage
 from tests.helpers.dataset import bits_of, make_dataset, states_of, text_of
 from tests.helpers.s3_server import s3_server

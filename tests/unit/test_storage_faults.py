@@ -11,7 +11,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from grn_scale import storage as storage_module
-from grn_scale.data_pipeline.leases import FOLDER, Leases
+from grn_scale.leases import FOLDER, Leases
 from grn_scale.storage import LocalStorage, RemoteStorage, Storage, retried
 
 PASSING = [errno.ESTALE, errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, errno.ECONNRESET]

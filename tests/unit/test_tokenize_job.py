@@ -15,11 +15,11 @@ from grn_scale.data_pipeline.chunks import VideoSettings
 from grn_scale.data_pipeline.encode_texts import TextSettings
 from grn_scale.data_pipeline.environment import differences, environment
 from grn_scale.data_pipeline.job import JOB_FILE, begin_generation, claim_folder, open_job
-from grn_scale.data_pipeline.leases import Leases
 from grn_scale.data_pipeline.published import PublishedTars
 from grn_scale.data_pipeline.records import ChunkRecord, Records
 from grn_scale.data_pipeline.retries import FOLDER, ask_for_retry, ask_for_returned, asked_for
 from grn_scale.errors import UserError
+from grn_scale.leases import Leases
 from grn_scale.storage import Storage
 from tests.helpers.token_dataset import write_tokens
 
