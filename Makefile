@@ -12,7 +12,7 @@ demo: $(INSTALLED)
 	$(VENV)/bin/grn-scale demo
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 
 setup: $(INSTALLED)
 

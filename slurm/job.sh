@@ -62,6 +62,14 @@ leave() { # CODE DECISION REASON
     exit "$1"
 }
 
+# Ends this script where the work is neither done nor hopeless.
+go_on() { # CODE WHY
+    if taken_away; then leave "$1" cancelled "$2: cancelled"; fi
+    if ((chained)); then leave "$1" next "$2: the next job of the chain goes on"; fi
+    if ((!requeue)); then leave "$1" next "$2: go on with: sbatch $records/job.sbatch"; fi
+    leave "$1" requeue "$2: back into the queue${excluded:+ without $excluded}"
+}
+
 # The first start that makes no progress is counted before it is tried: a node that dies says nothing afterwards.
 count_start() {
     local last=-1 starts=0 now
@@ -101,6 +109,7 @@ trap ask_to_stop USR2 TERM
 attend() {
     "$@" &
     step=$!
+    if ((asked)); then kill -USR2 "$step" 2> /dev/null; fi # it came in between
     while kill -0 "$step" 2> /dev/null; do wait "$step"; done
     wait "$step"
     local code=$?
@@ -136,8 +145,7 @@ if ((${#preflight[@]})); then
             printf '%s\n' "${failed[@]}" >> "$records/excluded-nodes"
             excluded=$(sort -u "$records/excluded-nodes" | paste -sd, -)
         fi
-        if ((chained)); then leave 1 next "the next job of the chain tries again"; fi
-        leave 1 requeue "preflight failed: back into the queue${excluded:+ without $excluded}"
+        go_on 1 "preflight failed"
     fi
     MASTER_PORT=$(free_port $((MASTER_PORT + 1)))
 fi
@@ -149,6 +157,7 @@ if ((!asked)); then
 fi
 # srun tells the highest code of all processes. What would come again says more; and where one failed by itself, the
 # others were told to stop, and may have saved.
+: > "$logs/ended" # a change of one's own makes NFS look at the folder anew
 for path in "$logs"/exit-[0-9]*; do
     [[ -e $path ]] || continue
     own=${path##*/exit-}
@@ -163,7 +172,4 @@ if ((code == 75)); then discount_start; fi
 
 if ((code == 0)); then leave 0 "done" "done"; fi
 if ((code == 2 || code == 78)); then leave "$code" stop "stopped: exit code $code, which would come again"; fi
-if taken_away; then leave "$code" cancelled "cancelled"; fi
-if ((chained)); then leave "$code" next "exit code $code: the next job of the chain goes on"; fi
-if ((!requeue)); then leave "$code" next "exit code $code: go on with: sbatch $records/job.sbatch"; fi
-leave "$code" requeue "exit code $code: back into the queue"
+go_on "$code" "exit code $code"

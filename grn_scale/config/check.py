@@ -221,6 +221,10 @@ def _kernel_rules(config: Config, world_size: int) -> Iterator[Broken]:
         yield Broken(f"kernels.cross_entropy is {config.kernels.cross_entropy} with model.label_form=bit, but two "
                      "classes need a softplus and no softmax: set kernels.cross_entropy=torch",
                      {"kernels.cross_entropy": "torch"})
+    if config.kernels.adamw != "torch" and config.zero.offload_optimizer:
+        yield Broken(f"kernels.adamw is {config.kernels.adamw}, which updates on a GPU, but "
+                     "zero.offload_optimizer=true updates on the CPU: set kernels.adamw=torch",
+                     {"kernels.adamw": "torch"})
 
 
 def _one_model(config: Config) -> int:

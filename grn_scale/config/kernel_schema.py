@@ -15,14 +15,14 @@ class KernelsConfig:
     had stops the run at its start."""
 
     attention: str = "auto"
-    """On a GPU. auto: cudnn for segments of 1024 keys or more, varlen for shorter ones; sdpa, cudnn: torch's fused
-    attention segment by segment, of any backend or of cuDNN's; varlen: torch's kernel for many segments at once;
-    flash3, flash4: the same by FlashAttention 3 or 4, where torch finds it; transformer_engine. In fp32 and on a CPU
-    it is sdpa."""
+    """On a GPU. auto: cudnn (from 9.15.1 on) for segments of 1024 keys or more, varlen for the others; sdpa, cudnn:
+    torch's fused attention segment by segment, of any backend or of cuDNN's; varlen: torch's kernel for many segments
+    at once; flash3, flash4: the same by FlashAttention 3 or 4, where torch finds it; transformer_engine. In fp32 and on
+    a CPU it is sdpa."""
     adamw: str = "torch"
     """torch (its fused AdamW), apex or transformer_engine."""
     norm: str = "torch"
-    """RMS norms of the layers: torch, apex or transformer_engine."""
+    """RMS norms of the layers: torch or apex."""
     cross_entropy: str = "torch"
     """torch or apex; for model.label_form=index, because two classes need no more than a softplus."""
     compile: str = "auto"
@@ -32,6 +32,6 @@ class KernelsConfig:
     def __post_init__(self) -> None:
         require_choice("kernels.attention", self.attention, ATTENTION)
         require_choice("kernels.adamw", self.adamw, ("torch", "apex", "transformer_engine"))
-        require_choice("kernels.norm", self.norm, ("torch", "apex", "transformer_engine"))
+        require_choice("kernels.norm", self.norm, ("torch", "apex"))
         require_choice("kernels.cross_entropy", self.cross_entropy, ("torch", "apex"))
         require_choice("kernels.compile", self.compile, ("auto", "always", "never"))

@@ -6,6 +6,8 @@ Everything is exact; kernels differ in rounding and speed.
 
 from __future__ import annotations
 
+import importlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,6 +29,11 @@ LONG = 1024
 """Keys of a segment from which on one call fills a GPU, so that the quickest kernel counts more than few calls."""
 CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 HALF = (torch.bfloat16, torch.float16)
+NEEDED_CUDNN = 91501
+"""Before it, lengths that are no multiple of 128 may fail or read outside in the backward pass (pytorch #169849)."""
+CAPABILITIES = {"flash3": (9,), "flash4": (9, 10)}
+"""Major compute capabilities of the GPUs that a FlashAttention has kernels for."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,17 +59,45 @@ def attention_kernels(name: str, device: torch.device, dtype: torch.dtype) -> At
 
     UserError where a kernel that is asked for by name cannot be had.
     """
-    if device.type == "cpu" or dtype not in HALF or name == "sdpa":
+    if device.type == "cpu" or dtype not in HALF:
         return AttentionKernels(sdpa)
-    if name == "auto":
-        return AttentionKernels(cudnn_sdpa, varlen, LONG)
-    if name == "cudnn":
-        return AttentionKernels(cudnn_sdpa)
+    _restore_flash()
+    if name == "sdpa":
+        return AttentionKernels(sdpa)
     if name == "transformer_engine":
         return AttentionKernels(many=transformer_engine_kernel())
-    if name in ("flash3", "flash4"):
-        _activate(f"FA{name[-1]}")
+    old_cudnn, no_varlen = _problem_of_cudnn(), _problem_of_varlen()
+    if name == "auto":
+        for problem in filter(None, (old_cudnn, no_varlen)):
+            log.info("kernels.attention=auto does without a kernel: %s", problem)
+        if no_varlen:
+            return AttentionKernels(sdpa if old_cudnn else cudnn_sdpa)
+        return AttentionKernels(many=varlen) if old_cudnn else AttentionKernels(cudnn_sdpa, varlen, LONG)
+    problem = old_cudnn if name == "cudnn" else no_varlen
+    if problem:
+        raise UserError(f"kernels.attention={name}: {problem}, or set kernels.attention=auto")
+    if name == "cudnn":
+        return AttentionKernels(cudnn_sdpa)
+    if name in CAPABILITIES:
+        _activate(name, device)
     return AttentionKernels(many=varlen)
+
+
+def _problem_of_cudnn() -> str:
+    """Why cuDNN's attention is not to be trusted here; empty where it is."""
+    version = torch.backends.cudnn.version()
+    if version is None:
+        return "torch has no cuDNN; install a build of torch with it"
+    return "" if version >= NEEDED_CUDNN else (
+        f"cuDNN {version} has faults with lengths that are no multiple of 128; install 9.15.1 or newer")
+
+
+def _problem_of_varlen() -> str:
+    try:
+        importlib.import_module("torch.nn.attention.varlen")
+    except ImportError:
+        return f"torch {torch.__version__} has no attention over segments of many lengths; install 2.11 or newer"
+    return ""
 
 
 def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -87,17 +122,30 @@ def varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_starts: torch.Te
     return varlen_attn(q, k, v, q_starts, k_starts, q_longest, k_longest)
 
 
-def _activate(implementation: str) -> None:
+def _restore_flash() -> None:
+    """FlashAttention 2 for what this process runs from here on: an activation holds until it is undone."""
     from torch.nn import attention
 
+    if restore := getattr(attention, "restore_flash_attention_impl", None):
+        restore(_raise_warn=False)
+
+
+def _activate(name: str, device: torch.device) -> None:
+    from torch.nn import attention
+
+    implementation = f"FA{name[-1]}"
     if implementation not in getattr(attention, "list_flash_attention_impls", list)():
-        raise UserError(f"kernels.attention=flash{implementation[-1]}: this torch ({torch.__version__}) does not know "
-                        f"{implementation}; install a torch of 2.11 or newer, or set kernels.attention=auto")
+        raise UserError(f"kernels.attention={name}: this torch ({torch.__version__}) does not know {implementation}; "
+                        "install a torch of 2.11 or newer, or set kernels.attention=auto")
     try:
         attention.activate_flash_attention_impl(implementation)
-    except (ImportError, RuntimeError, ModuleNotFoundError) as error:
-        raise UserError(f"kernels.attention=flash{implementation[-1]}: {implementation} cannot be loaded ({error}); "
-                        "install it for this torch and GPU, or set kernels.attention=auto") from error
+    except (ImportError, RuntimeError) as error:
+        raise UserError(f"kernels.attention={name}: {implementation} cannot be loaded ({error}); install it for this "
+                        "torch and GPU, or set kernels.attention=auto") from error
+    if (capability := torch.cuda.get_device_capability(device))[0] not in CAPABILITIES[name]:
+        _restore_flash()
+        raise UserError(f"kernels.attention={name}: {implementation} has no kernels for a GPU of compute capability "
+                        f"{capability[0]}.{capability[1]}; set kernels.attention=auto")
 
 
 def transformer_engine_kernel() -> Many:

@@ -6,11 +6,15 @@ apex and Transformer Engine are looked for only where the configuration names th
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
+import os
 import shutil
+import sysconfig
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -31,7 +35,6 @@ MODULES = {
     ("apex", "norm"): "apex.normalization.fused_layer_norm",
     ("apex", "cross_entropy"): "apex.contrib.xentropy",
     ("transformer_engine", "adamw"): "transformer_engine.pytorch.optimizers",
-    ("transformer_engine", "norm"): "transformer_engine.pytorch",
 }
 
 
@@ -50,11 +53,14 @@ class Kernels:
 def choose(settings: KernelsConfig, device: torch.device, dtype: torch.dtype) -> Kernels:
     """The kernels of this configuration; UserError where one that is named cannot be had."""
     compiled = settings.compile == "always" or (settings.compile == "auto" and device.type == "cuda")
-    if compiled:
-        _need_compiler(device)
-    norm = {"torch": torch_norm, "apex": _apex_norm, "transformer_engine": _transformer_engine_norm}[settings.norm]
-    if settings.norm != "torch":
-        _need(settings.norm, "norm")
+    if compiled and (problem := _problem_of_compiling(device)):
+        if settings.compile == "always":
+            raise UserError(f"kernels.compile=always, but {problem}, or set kernels.compile=auto")
+        log.warning("element-wise chains run as they are, one kernel after the other: %s", problem)
+        compiled = False
+    norm = {"torch": torch_norm, "apex": _apex_norm}[settings.norm]
+    if settings.norm == "apex":
+        _need("apex", "norm")
     entropy = cross_entropy
     if settings.cross_entropy == "apex":
         entropy = _apex_cross_entropy(_need("apex", "cross_entropy"))
@@ -78,7 +84,11 @@ def adamw(groups: Sequence[dict], settings: OptimizerConfig, implementation: str
     if implementation == "torch":
         return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
     optimizer = _need(implementation, "adamw").FusedAdam
-    return optimizer(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, adam_w_mode=True)
+    try:
+        return optimizer(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, adam_w_mode=True)
+    except RuntimeError as error:  # apex without its CUDA extensions
+        raise UserError(f"kernels.adamw={implementation}: {error}; install it with its CUDA extensions, or set "
+                        "kernels.adamw=torch") from error
 
 
 def torch_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -88,18 +98,6 @@ def torch_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tenso
 
 def _apex_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return _need("apex", "norm").fused_rms_norm_affine(x, weight, x.shape[-1:], eps)
-
-
-def _transformer_engine_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    module = _engine_norm(x.shape[-1], eps, x.dtype, x.device)
-    return torch.func.functional_call(module, {"weight": weight}, (x,))
-
-
-@lru_cache
-def _engine_norm(size: int, eps: float, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
-    """Its own weight is never used."""
-    engine = _need("transformer_engine", "norm")
-    return engine.RMSNorm(size, eps=eps, device=device, dtype=dtype)
 
 
 def _apex_cross_entropy(apex: ModuleType) -> CrossEntropy:
@@ -115,6 +113,8 @@ def _need(library: str, field: str) -> ModuleType:
     """The module of a library that kernels.<field> asks for. There is another project of the name apex on PyPI."""
     name = MODULES[library, field]
     try:
+        if (library, field) == ("apex", "norm"):
+            importlib.import_module("fused_layer_norm_cuda")  # which apex looks for at the first call only
         return importlib.import_module(name)
     except ImportError as error:
         source = "apex, from https://github.com/NVIDIA/apex with its CUDA extensions (PyPI's package of that name is " \
@@ -123,10 +123,19 @@ def _need(library: str, field: str) -> ModuleType:
                         f"kernels.{field}=torch") from error
 
 
-def _need_compiler(device: torch.device) -> None:
-    if device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        raise UserError("kernels.compile=always on a CPU, but there is no C++ compiler on PATH: install g++, or set "
-                        "kernels.compile=auto")
+def _problem_of_compiling(device: torch.device) -> str:
+    """Why torch.compile would fail at the first step, and the remedy; empty where it would not. On a GPU triton builds
+    a launcher for each kernel with a C compiler and Python's headers."""
+    if device.type == "cpu":
+        return "" if any(map(shutil.which, ("c++", "g++", "clang++"))) else (
+            "there is no C++ compiler on PATH: install g++")
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    if not any(map(shutil.which, filter(None, (os.environ.get("CC"), "cc", "gcc", "clang")))):
+        return "there is no C compiler on PATH: install gcc"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        return f"{sysconfig.get_path('include')} has no Python.h: install Python's headers (python3-dev)"
+    return ""
 
 
 def _compile(function: Callable) -> Callable:

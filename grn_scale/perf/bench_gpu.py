@@ -36,8 +36,6 @@ def bench_gpu(config: Config, tokens: Sequence[int], repeats: int) -> dict[str, 
     mfu and hfu are None where the peak of the device is not known. ConfigError where a length holds no clip, UserError
     where not even one layer fits.
     """
-    import torch
-
     from grn_scale.config.check import check_layout
     from grn_scale.parallel import groups
     from grn_scale.parallel.dims import adopt_srun, world_size_from_environment
@@ -60,13 +58,31 @@ def bench_gpu(config: Config, tokens: Sequence[int], repeats: int) -> dict[str, 
         kernels = bench_kernels(cases[0], device, tokens[0], repeats)
         steps = []
         for case in cases:
-            steps.append(_steps(case, config.model.num_layers, device, repeats))
-            gc.collect()  # the engine refers to itself
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            steps.append(_as_many_layers_as_fit(case, config.model.num_layers, device, repeats))
         return {"device": _device_name(device), "kernels": kernels, "steps": steps}
     finally:
         groups.stop()
+
+
+def _as_many_layers_as_fit(config: Config, layers: int, device: torch.device, repeats: int) -> dict[str, Any]:
+    """The report of a case, with fewer layers than the dry runs promised where the GPU's memory does not hold them;
+    of one that does not fit with a single layer the reason in place of figures."""
+    import torch
+
+    while True:
+        try:
+            return _steps(config, layers, device, repeats)
+        except torch.OutOfMemoryError as error:
+            problem, fewer = str(error).partition("\n")[0], config.model.num_layers - 1
+        finally:
+            gc.collect()  # the engine refers to itself
+            torch._dynamo.reset()  # each case compiles the same functions for sizes of its own, up to a limit
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        if fewer < 1:
+            return {"token_budget": config.data.token_budget, "layers": config.model.num_layers, "error": problem}
+        log.warning("%d layers do not fit (%s): trying %d", fewer + 1, problem, fewer)
+        config = _with_layers(config, fewer)
 
 
 def _steps(config: Config, layers: int, device: torch.device, repeats: int) -> dict[str, Any]:

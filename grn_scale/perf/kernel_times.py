@@ -31,7 +31,8 @@ def kernel_times(recorded: torch.profiler.profile, device: torch.device, seconds
     rows = []
     for event in recorded.key_averages():
         if device.type == "cuda":
-            if event.device_type == DeviceType.CUDA:
+            # a range that somebody marked spans kernels which are there by themselves
+            if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
                 rows.append((event.key, event.self_device_time_total * 1e-6, event.count))
         elif event.device_type == DeviceType.CPU:
             rows.append((event.key, event.self_cpu_time_total * 1e-6, event.count))

@@ -71,7 +71,7 @@ def test_attention_is_that_of_fp32_within_the_rounding_of_bf16(device: torch.dev
 
 
 @pytest.mark.parametrize("compile", ["never", "always"])
-@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("library", ["torch", "apex"])
 @pytest.mark.parametrize("dtype,bound", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_norms_are_those_of_torch(device: torch.device, library: str, compile: str, dtype: torch.dtype,
                                   bound: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import sys
 
 import pytest
 import torch
@@ -54,8 +55,9 @@ def test_segments_that_run_in_one_call_see_what_they_see_alone(form: str, long: 
             torch.testing.assert_close(found, want, atol=1e-6, rtol=1e-5)
 
 
-def test_auto_gives_long_segments_to_cudnn_and_short_ones_to_varlen_on_a_gpu_in_bf16_only() -> None:
+def test_auto_gives_long_segments_to_cudnn_and_short_ones_to_varlen_on_a_gpu_in_bf16_only(monkeypatch) -> None:
     cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91501)
     kernels = attention_kernels("auto", cuda, torch.bfloat16)
     assert (kernels.equal, kernels.many) == (cudnn_sdpa, varlen)
     assert (kernels.at_once(1023), kernels.at_once(1024)) == (True, False)
@@ -65,9 +67,39 @@ def test_auto_gives_long_segments_to_cudnn_and_short_ones_to_varlen_on_a_gpu_in_
         assert attention_kernels("auto", device, dtype) == AttentionKernels(sdpa)
 
 
+@pytest.mark.parametrize("version", [None, 91500])
+def test_a_cudnn_with_known_faults_is_not_taken(monkeypatch, version: int | None) -> None:
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+    assert attention_kernels("auto", cuda, torch.bfloat16) == AttentionKernels(many=varlen)
+    with pytest.raises(UserError, match="kernels.attention=cudnn: .*; install .*, or set kernels.attention=auto"):
+        attention_kernels("cudnn", cuda, torch.bfloat16)
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)  # a torch that has none
+    assert attention_kernels("auto", cuda, torch.bfloat16) == AttentionKernels(sdpa)
+    with pytest.raises(UserError, match="kernels.attention=varlen: .* has no attention over segments"):
+        attention_kernels("varlen", cuda, torch.bfloat16)
+
+
+def test_flash_attention_is_refused_on_a_gpu_without_kernels_for_it_and_undone_for_other_runs(monkeypatch) -> None:
+    from torch.nn import attention
+
+    active: list[str] = []
+    monkeypatch.setattr(attention, "list_flash_attention_impls", lambda: ["FA3", "FA4"])
+    monkeypatch.setattr(attention, "activate_flash_attention_impl", active.append)
+    monkeypatch.setattr(attention, "restore_flash_attention_impl", lambda _raise_warn: active.clear())
+    capability, cuda = [9, 0], torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: tuple(capability))
+    assert attention_kernels("flash3", cuda, torch.bfloat16) == AttentionKernels(many=varlen) and active == ["FA3"]
+    attention_kernels("auto", cuda, torch.bfloat16)
+    assert active == []
+    capability[0] = 8
+    with pytest.raises(UserError, match="no kernels for a GPU of compute capability 8.0"):
+        attention_kernels("flash4", cuda, torch.bfloat16)
+    assert active == []
+
+
 @pytest.mark.parametrize("settings,module", [
-    ({"norm": "apex"}, "apex"), ({"norm": "transformer_engine"}, "transformer_engine"),
-    ({"cross_entropy": "apex"}, "apex")])
+    ({"norm": "apex"}, "apex"), ({"cross_entropy": "apex"}, "apex")])
 def test_a_library_that_is_asked_for_and_missing_is_named(settings: dict, module: str) -> None:
     if importlib.util.find_spec(module):
         pytest.skip(f"{module} is installed")
@@ -86,6 +118,7 @@ def test_the_other_apex_of_pypi_is_recognised(tmp_path, monkeypatch) -> None:
     weight = torch.nn.Parameter(torch.ones(3))
     with pytest.raises(UserError, match="PyPI's package of that name is another project"):
         adamw([{"params": [weight]}], OptimizerConfig(), "apex")
+    del sys.modules["apex"]  # other tests of this process look for theirs
 
 
 def test_attention_that_is_asked_for_and_missing_is_named() -> None:
@@ -103,6 +136,20 @@ def test_compiling_on_a_cpu_needs_a_compiler(monkeypatch) -> None:
     with pytest.raises(UserError, match="no C\\+\\+ compiler"):
         choose(KernelsConfig(compile="always"), CPU, torch.float32)
     assert not choose(KernelsConfig(), CPU, torch.float32).compiled
+
+
+def test_a_gpu_without_what_compiling_needs_runs_the_chains_as_they_are(monkeypatch) -> None:
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert not choose(KernelsConfig(), cuda, torch.bfloat16).compiled
+    with pytest.raises(UserError, match="kernels.compile=always, but .* set kernels.compile=auto"):
+        choose(KernelsConfig(compile="always"), cuda, torch.bfloat16)
+
+
+def test_an_update_by_a_library_for_gpus_is_refused_on_the_cpu() -> None:
+    with pytest.raises(ConfigError, match="set kernels.adamw=torch"):
+        check_layout(load_config(None, ["kernels.adamw=apex", "zero.stage=2", "zero.offload_optimizer=true",
+                                        "data.token_budget=1024"]), 1)
 
 
 def test_fused_cross_entropy_is_refused_for_two_classes() -> None:
