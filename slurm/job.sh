@@ -1,6 +1,9 @@
 # What is above differs between jobs; from here on all are alike.
 #   0 done | 75 saved, goes on | 2, 78 would fail again: stopped | anything else: a crash, started again within limits
 
+# What a shell or another launcher has left in the environment of the submission is not about this job.
+unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT SLURM_TIME_FORMAT POSIXLY_CORRECT
+set +o posix
 job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}
 id=$job${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
 restart=${SLURM_RESTART_COUNT:-0}
@@ -44,6 +47,18 @@ taken_away() {
         $(field Restarts) == "$restart" ]]
 }
 
+# Back into the queue. A controller that restarts or is busy may take minutes to answer.
+requeue() {
+    local pause
+    for pause in 0 5 15 30 60 60 60; do
+        sleep "$pause"
+        scontrol requeue "$id" && return
+        # where it is in the queue again already, it waits
+        [[ $(field JobState) == PENDING || $(field Restarts) -gt $restart ]] && return
+    done
+    say "error: it could not go back into the queue; start it again: sbatch $records/job.sbatch"
+}
+
 # Ends this script. After the decision to go on the job is back in the queue, without the nodes in $excluded.
 excluded=
 leave() { # CODE DECISION REASON
@@ -51,12 +66,12 @@ leave() { # CODE DECISION REASON
     say "$3"
     case $2 in
     stop) printf '%s\n' "$3" > "$stopped" ;;
-    requeue) # where it is in the queue again already, it waits
-        scontrol requeue "$id" || [[ $(field JobState) == PENDING || $(field Restarts) -gt $restart ]] ||
-            say "error: it could not go back into the queue; start it again: sbatch $records/job.sbatch"
+    requeue)
+        requeue
         if [[ -n $excluded ]]; then # Slurm ends this job meanwhile, and may interrupt the first try
             scontrol update JobId="$id" ExcNodeList="$excluded" ||
-                scontrol update JobId="$id" ExcNodeList="$excluded" || say "error: it may get these nodes again: $excluded"
+                scontrol update JobId="$id" ExcNodeList="$excluded" ||
+                say "error: it may get these nodes again: $excluded"
         fi ;;
     esac
     exit "$1"
@@ -70,22 +85,25 @@ go_on() { # CODE WHY
     leave "$1" requeue "$2: back into the queue${excluded:+ without $excluded}"
 }
 
-# The first start that makes no progress is counted before it is tried: a node that dies says nothing afterwards.
-count_start() {
-    local last=-1 starts=0 now
-    now=$(progress)
-    if [[ -e $counter ]]; then read -r last starts < "$counter"; fi
-    if ((now > last)); then starts=0; fi
-    if ((starts >= start_limit)); then
-        leave 78 stop "stopped: $starts starts in a row ended without progress beyond $now; see \`grn-scale slurm why\`"
-    fi
-    echo "$now $((starts + 1))" > "$counter"
+# Starts in a row without progress weigh 10 each, and 1 where they were asked to stop, as often happens to a job that is
+# preempted. The weight is written before the start is tried: a node that dies says nothing afterwards.
+reached=0
+weight=-1
+weigh() { # WEIGHT of this start
+    printf '%s %s\n' "$reached" "$((weight + $1))" > "$counter.new" && mv "$counter.new" "$counter"
 }
 
-discount_start() {
-    local last starts
-    read -r last starts < "$counter"
-    echo "$last $((starts - 1))" > "$counter"
+count_start() {
+    local last=-1
+    weight=0
+    if [[ -e $counter ]]; then read -r last weight < "$counter"; fi
+    reached=$(progress)
+    if ((reached > last)); then weight=0; fi
+    if ((weight >= 10 * start_limit)); then
+        leave 78 stop "stopped: $start_limit starts in a row (asked to stop: ten times as many) ended without progress \
+beyond $reached; see \`grn-scale slurm why\`"
+    fi
+    weigh 10 || leave 1 next "error: $counter cannot be written: free space there, then sbatch $records/job.sbatch"
 }
 
 free_port() { # FIRST
@@ -101,6 +119,7 @@ asked=0
 ask_to_stop() {
     asked=1
     say "asked to stop"
+    if ((weight >= 0)); then weigh 1; fi
     if [[ -n $step ]]; then kill -USR2 "$step" 2> /dev/null; fi
 }
 trap ask_to_stop USR2 TERM
@@ -119,12 +138,14 @@ attend() {
 
 if [[ -e $records/cancelled ]]; then leave 0 drop "not started: the job was cancelled"; fi
 if [[ -e $stopped ]]; then leave 78 drop "not started: $(< "$stopped")"; fi
+grep --quiet --line-regexp "$job" "$records/job-ids" 2> /dev/null || echo "$job" >> "$records/job-ids"
 count_start
 record start "\"nodes\": \"$SLURM_JOB_NODELIST\""
 mkdir -p "$logs" "$checks"
 
 GRN_SCALE_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')
 MASTER_ADDR=$(scontrol --oneliner show node "${GRN_SCALE_NODES%% *}" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+MASTER_ADDR=${MASTER_ADDR:-${GRN_SCALE_NODES%% *}}
 MASTER_PORT=$(free_port $((15000 + SLURM_JOB_ID % 15000)))
 if [[ -z ${SLURM_JOB_END_TIME:-} ]]; then
     SLURM_JOB_END_TIME=$(date -d "$(squeue --noheader --jobs="$id" --format=%e)" +%s) || SLURM_JOB_END_TIME=
@@ -141,7 +162,7 @@ if ((${#preflight[@]})); then
     done
     if ((fit != 0 && !asked)); then
         say "error: preflight failed on ${failed[*]:-no single node}; see $checks"
-        if ((exclude_failed && ${#failed[@]})); then
+        if ((exclude_failed && ${#failed[@]} && ${#failed[@]} < SLURM_JOB_NUM_NODES)); then # else it is no node's fault
             printf '%s\n' "${failed[@]}" >> "$records/excluded-nodes"
             excluded=$(sort -u "$records/excluded-nodes" | paste -sd, -)
         fi
@@ -155,20 +176,19 @@ if ((!asked)); then
     attend "${launch[@]}" --logs "$logs" -- "${command[@]}"
     code=$?
 fi
-# srun tells the highest code of all processes. What would come again says more; and where one failed by itself, the
-# others were told to stop, and may have saved.
+# srun tells the highest code of all processes, torchrun 1 of any. What would come again says more; and where one failed
+# by itself, the others were told to stop, and may have saved.
 : > "$logs/ended" # a change of one's own makes NFS look at the folder anew
+if [[ -e $logs/exit-75 ]] && ((code == 1)); then code=75; fi
 for path in "$logs"/exit-[0-9]*; do
-    [[ -e $path ]] || continue
-    own=${path##*/exit-}
-    if ((code == 75 && own != 75)); then code=$own; fi
+    if [[ -e $path && $code == 75 ]]; then code=${path##*/exit-}; fi
 done
 for fatal in 2 78; do
     if [[ -e $logs/exit-$fatal ]]; then code=$fatal; fi
 done
 # a process that is told to stop before it can save only ends
 if ((asked && code > 128)); then code=75; fi
-if ((code == 75)); then discount_start; fi
+if ((code == 75)); then weigh 1; fi
 
 if ((code == 0)); then leave 0 "done" "done"; fi
 if ((code == 2 || code == 78)); then leave "$code" stop "stopped: exit code $code, which would come again"; fi

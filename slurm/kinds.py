@@ -7,6 +7,7 @@ configuration, not the arguments that made it.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from grn_scale.config.check import check_output, check_set
 from grn_scale.config.load import load_config, to_dict
 from grn_scale.errors import ConfigError
 from grn_scale.slurm.records import CONFIG
+
+_LONGEST_PATH = 4096
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class Request:
     """Raises UserError where it could not run on so many processes; looks at files and writes nothing."""
     shared: bool = False
     """Whether several jobs may do its work together."""
+    alone: bool = False
+    """One process, also on a node of many GPUs: it has workers of its own, or none to share with."""
 
 
 def read_request(kind: str, argv: list[str]) -> Request:
@@ -88,7 +93,8 @@ def _tokenize(argv: list[str]) -> Request:
 
 def _evaluate(argv: list[str]) -> Request:
     from grn_scale.config.class_schema import SCHEMAS
-    from grn_scale.evaluation.command import command_parser
+    from grn_scale.data.mixture import Mixture
+    from grn_scale.evaluation.command import ALONE, command_parser
     from grn_scale.sampling.source import open_source
 
     parser = command_parser()
@@ -97,7 +103,13 @@ def _evaluate(argv: list[str]) -> Request:
     config = (source.run_config(options.overrides, options.config) if source
               else load_config(options.config, options.overrides, SCHEMAS))
     check_set(config, "output")
-    return _of_config("evaluate", config, lambda processes: check_output(config.output), *flags, options=options)
+    def check(processes: int) -> None:
+        check_output(config.output)
+        if options.held_out:
+            Mixture.open(config.data)
+
+    request = _of_config("evaluate", config, check, *flags, options=options)
+    return dataclasses.replace(request, alone=any(getattr(options, name) for name in ALONE))
 
 
 def _convert(argv: list[str]) -> Request:
@@ -116,7 +128,7 @@ def _convert(argv: list[str]) -> Request:
             raise ConfigError(f"--output: {options.output} exists; convert writes what is not there yet")
 
     return Request("convert", _where(options.output), "", tuple(_paths(None, options)),
-                   lambda folder: ("convert", *argv), check)
+                   lambda folder: ("convert", *argv), check, alone=True)
 
 
 def _convert_many(argv: list[str]) -> Request:
@@ -132,12 +144,13 @@ def _convert_many(argv: list[str]) -> Request:
 
     named = {folder for line in lines for folder in (line.request.input, line.request.output.parent)}
     return Request("convert", _where(options.list), "", (_where(options.list), *sorted(map(_where, map(str, named)))),
-                   lambda folder: ("convert", *argv), check, shared=True)
+                   lambda folder: ("convert", *argv), check, shared=True, alone=True)
 
 
 def _of_config(kind: str, config: Any, check: Callable[[int], None], *flags: str, options: Any = None) -> Request:
     return Request(kind, _where(config.output), config_yaml(config), tuple(_paths(config, options)),
-                   lambda folder: (kind, "--config", str(folder / CONFIG), *flags), check, kind == "tokenize")
+                   lambda folder: (kind, "--config", str(folder / CONFIG), *flags), check,
+                   shared=kind == "tokenize", alone=kind == "tokenize")
 
 
 def _where(output: str) -> str:
@@ -149,7 +162,7 @@ def _paths(config: Any, options: Any) -> Iterator[str]:
     values = [*_texts(to_dict(config) if dataclasses.is_dataclass(config) else {}),
               *_texts(vars(options) if options is not None else {})]
     for value in values:
-        if value and "\n" not in value and "://" not in value and Path(value).exists():
+        if value and len(value) < _LONGEST_PATH and "\n" not in value and "://" not in value and os.path.exists(value):
             yield str(Path(value).absolute())
 
 

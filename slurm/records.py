@@ -70,7 +70,7 @@ class Submission:
         """Slurm's numbers of its jobs, those of a chain in order; empty where sbatch has not answered."""
         path = self.folder / JOB_IDS
         lines = path.read_text(encoding="utf-8").split() if path.is_file() else []
-        return [line for line in lines if line.isdecimal()]
+        return list(dict.fromkeys(line for line in lines if line.isdecimal()))  # the script may have been quicker
 
     @property
     def kind(self) -> str:
@@ -92,7 +92,7 @@ def submissions(run: str | Path) -> list[Submission]:
     for folder in (Path(run).absolute(), records_of(run).absolute()):
         if (folder / SUBMISSION).is_file():
             return [Submission.read(folder)]
-        found = [entry for entry in _numbered(folder) if (entry / SUBMISSION).is_file()]
+        found = [entry for entry in numbered(folder) if (entry / SUBMISSION).is_file()]
         if found:
             return [Submission.read(entry) for entry in found]
     raise UserError(f"{run}: no submission of `grn-scale slurm` there (looked for {records_of(run)}/0001); give the "
@@ -106,7 +106,7 @@ def newest(run: str | Path) -> Submission:
 
 def next_folder(parent: Path) -> Path:
     """Folder that the next submission gets; it is not made."""
-    numbers = [int(entry.name) for entry in _numbered(parent)]
+    numbers = [int(entry.name) for entry in numbered(parent)]
     return parent / f"{max(numbers, default=0) + 1:04d}"
 
 
@@ -160,7 +160,8 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **dict(sorted(found.items()))}
 
 
-def _numbered(folder: Path) -> list[Path]:
+def numbered(folder: Path) -> list[Path]:
+    """Folders of submissions, in their order."""
     entries = folder.iterdir() if folder.is_dir() else ()
     return sorted((entry for entry in entries if _NUMBER.fullmatch(entry.name) and entry.is_dir()),
                   key=lambda entry: int(entry.name))

@@ -170,7 +170,8 @@ def _exports(job: Job) -> list[str]:
         values["TMPDIR"] = job.cluster.scratch
     lines = [f"export {name}={shlex.quote(value)}" for name, value in values.items()]
     # the code of the job's folder, also where the working folder is a checkout
-    return [*lines, "export PYTHONSAFEPATH=1", f"export PYTHONPATH={shlex.quote(str(job.records / 'code'))}"]
+    code = shlex.quote(str(job.records / "code"))
+    return [*lines, "export PYTHONSAFEPATH=1", f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}"]
 
 
 def _array(name: str, words: Sequence[str]) -> str:

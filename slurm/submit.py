@@ -18,13 +18,25 @@ from grn_scale.command_line import CommandParser, start_logging
 from grn_scale.config.cluster import TIME, Cluster
 from grn_scale.errors import EXIT_FAILED, ConfigError, UserError
 from grn_scale.slurm.kinds import Request, read_request
-from grn_scale.slurm.records import CONFIG, JOB_IDS, SCRIPT, next_folder, write_submission
+from grn_scale.slurm.records import (
+    CONFIG,
+    JOB_IDS,
+    SCRIPT,
+    SUBMISSION,
+    Submission,
+    next_folder,
+    numbered,
+    write_submission,
+)
 from grn_scale.slurm.script import Job, batch_script
+from grn_scale.slurm.squeue import ask
 from grn_scale.slurm.waiting import wait_for
 
 CLUSTER_VARIABLE = "GRN_SCALE_CLUSTER"
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
 _NAME_CHARACTERS = 64
+STARTING_SECONDS = 60
+"""What a job needs at least before it can save."""
 
 log = logging.getLogger("grn_scale")
 
@@ -51,7 +63,8 @@ def job_of(request: Request, cluster: Cluster, options: argparse.Namespace) -> J
     """The job with everything derived: number of processes, folders, mounts. ConfigError where options contradict each
     other or the cluster."""
     gpus = cluster.gpus_per_node if options.gpus_per_node is None else options.gpus_per_node
-    shares = gpus or cluster.processes_per_node
+    gpus = 0 if request.kind == "convert" else gpus
+    shares = gpus or cluster.processes_per_node or int(request.alone)
     if shares < 1:
         raise ConfigError(f"the cluster {cluster.name} says neither gpus_per_node nor processes_per_node: add one to "
                           "its file, or give --gpus-per-node")
@@ -63,6 +76,13 @@ def job_of(request: Request, cluster: Cluster, options: argparse.Namespace) -> J
     if options.chain > 1 and options.array:
         raise ConfigError("--chain and --array exclude each other: elements that end early are requeued, or submit "
                           "again later, which takes up the work that is left")
+    if request.alone and options.nodes > 1:
+        raise ConfigError(f"this is one process, but --nodes asks for {options.nodes}: leave it out")
+    time_limit = options.time or cluster.time_limit
+    if time_limit and seconds_of(time_limit) <= cluster.signal_seconds + STARTING_SECONDS:
+        raise ConfigError(f"a time limit of {time_limit} leaves no time to train before the job is asked to stop, "
+                          f"signal_seconds={cluster.signal_seconds} before its end: ask for more, or lower "
+                          "signal_seconds in the cluster file")
     container = cluster.container
     if options.container:
         if container.runtime == "none":
@@ -72,17 +92,21 @@ def job_of(request: Request, cluster: Cluster, options: argparse.Namespace) -> J
         cluster = dataclasses.replace(cluster, container=container)
     parent = Path(options.records).absolute() if options.records else _records_parent(request.run, request.kind)
     records, working = next_folder(parent), Path.cwd()
+    if ":" in str(records):
+        raise ConfigError(f"the records of the job would lie in {records}, but a path with a colon cannot be searched "
+                          "for the code to run: give another output, or --records FOLDER")
     # a process of tokenization has workers of its own, and takes a whole node
-    processes = 1 if request.kind in ("tokenize", "convert") else shares
+    processes = 1 if request.alone else shares
     return Job(
         kind=request.kind, name=_job_name(options.name or f"{request.kind}-{Path(request.run).name}"), cluster=cluster,
         run=request.run, records=records, working_folder=working, command=request.command(records),
         nodes=options.nodes, processes_per_node=processes, gpus_per_node=gpus,
         cpus_per_node=cluster.cpus_per_process * shares,
-        time_limit=options.time or cluster.time_limit, partition=options.partition or cluster.partition,
+        time_limit=time_limit, partition=options.partition or cluster.partition,
         account=options.account or cluster.account,
         python=sys.executable if container.runtime == "none" else container.python,
-        mounts=mounts_of(request, records, working, container.mounts) if container.runtime != "none" else (),
+        mounts=() if container.runtime == "none" else mounts_of(
+            request, records, working, (*container.mounts, *filter(None, [cluster.scratch]))),
         # where processes have to meet; a worker of tokenization fails alone, and soon
         config=records / CONFIG if request.kind in ("train", "evaluate") else None, array=options.array,
         chain=options.chain, start_limit=options.start_limit, exclude_failed=options.exclude_failed_nodes,
@@ -94,16 +118,18 @@ def mounts_of(request: Request, records: Path, working: Path, site: tuple[str, .
     output, and every path that the command names."""
     run = [] if "://" in request.run else [str(Path(request.run).parent)]
     found = [*site, *sorted({str(working), str(records.parent.parent), *run,
-                             *(path if Path(path).is_dir() else str(Path(path).parent) for path in request.paths)},
-                            key=len)]
+                             *(path if Path(path).is_dir() else str(Path(path).parent) for path in request.paths),
+             # what a symbolic link leads to has to be there, too
+             *(str(Path(path).resolve() if Path(path).is_dir() else Path(path).resolve().parent)
+               for path in request.paths)}, key=len)]
     kept: list[str] = []
     for mount in found:
         if not any(mount == other or mount.startswith(f"{other.rstrip('/')}/") for other in kept if ":" not in other):
             kept.append(mount)
     for mount in kept:
-        if any(character in mount for character in ",\n") or mount.count(":") > 1:
-            raise ConfigError(f"{mount!r} cannot be mounted into a container: commas, colons and line breaks mean "
-                              "something else there; use another folder")
+        if any(character in mount for character in ",\n") or mount.count(":") > 2 or mount == "/":
+            raise ConfigError(f"{mount!r} cannot be mounted into a container: the root would hide the "
+                              "image, and commas, colons and line breaks mean something else there; use another folder")
     return tuple(kept)
 
 
@@ -125,13 +151,17 @@ def submit(job: Job, script: str, config: str) -> list[str]:
     if shutil.which("sbatch") is None:
         raise UserError("there is no sbatch on PATH: submit from a login node of the cluster, or look at the script "
                         "with --print")
+    refuse_second(job)
     write_submission(job, script, config)
     numbers: list[str] = []
+    # they would outrank what stands in the script, or belong to the job that we are in
+    environment = {name: value for name, value in os.environ.items() if name == "SLURM_CONF" or
+                   not name.startswith(("SBATCH_", "SLURM_", "SRUN_"))}
     for _ in range(job.chain):
         # on all before: where one has done the work, the rest is dropped, and a dropped job counts as one that failed
         after = [f"--dependency=afternotok:{':'.join(numbers)}", "--kill-on-invalid-dep=yes"] if numbers else []
         done = subprocess.run(["sbatch", "--parsable", *after, str(job.records / SCRIPT)], capture_output=True,
-                              text=True, check=False)
+                              text=True, check=False, env=environment)
         if done.returncode:
             raise UserError(f"sbatch refused the job: {done.stderr.strip()}"
                             + (f"; {len(numbers)} jobs of the chain are submitted: {' '.join(numbers)}" if numbers else
@@ -142,6 +172,30 @@ def submit(job: Job, script: str, config: str) -> list[str]:
              job.processes, job.nodes, job.run)
     print(" ".join(numbers))
     return numbers
+
+
+def refuse_second(job: Job) -> None:
+    """UserError where an earlier submission trains into the same run: one job at a time does."""
+    if job.kind != "train" or not job.records.parent.is_dir():
+        return
+    for earlier in numbered(job.records.parent):
+        active = ask(Submission.read(earlier).job_ids).active if (earlier / SUBMISSION).is_file() else []
+        if active:
+            raise UserError(f"job {active[0].id} ({active[0].state}) trains into {job.run}: cancel it first (grn-scale "
+                            f"slurm cancel {job.run}), or give another output")
+
+
+def seconds_of(limit: str) -> int:
+    """Seconds of a time limit as Slurm writes them."""
+    days, dash, rest = limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash:
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+    elif len(parts) == 3:
+        hours, minutes, seconds = parts
+    else:
+        hours, minutes, seconds = 0, parts[0], parts[1] if len(parts) == 2 else 0
+    return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + seconds
 
 
 def _cluster_file(options: argparse.Namespace) -> str:

@@ -10,12 +10,14 @@ import hashlib
 import logging
 import os
 import shlex
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grn_scale.atomic import PARTIAL, write_bytes
 from grn_scale.convert.convert import Request, convert
 from grn_scale.errors import ConfigError, UserError
 from grn_scale.leases import Leases
@@ -63,11 +65,23 @@ def read_list(path: Path, request_of: Callable[[list[str]], Request]) -> list[Li
     return list(lines.values())
 
 
+def _clear_way(begun: Path, output: Path) -> None:
+    """Remove what a process of this list that was killed left beside an output; note that this one begins it."""
+    partial = output.with_name(output.name + PARTIAL)
+    if begun.exists() and partial.is_dir():
+        shutil.rmtree(partial)  # this list's: the note is older
+    elif begun.exists():
+        partial.unlink(missing_ok=True)
+    write_bytes(begun, b"")
+
+
 def convert_listed(path: Path, lines: list[Line]) -> dict[str, Any]:
     """Make every output that is not there, together with other processes that do the same; how many are there now and
     how many this process made. UserError naming each line that failed, once all others are done."""
     made, failed = 0, {}
-    with Leases(LocalStorage(path.absolute().with_name(f"{path.name}.claims")), LEASE_SECONDS) as leases:
+    claims = path.absolute().with_name(f"{path.name}.claims")
+    (claims / "begun").mkdir(parents=True, exist_ok=True)
+    with Leases(LocalStorage(claims), LEASE_SECONDS) as leases:
         while left := [line for line in lines if line.number not in failed and not line.request.output.exists()]:
             begun = False
             for line in left:
@@ -77,6 +91,7 @@ def convert_listed(path: Path, lines: list[Line]) -> dict[str, Any]:
                 try:
                     if not line.request.output.exists():
                         log.info("%s:%d: %s", path, line.number, line.request.output)
+                        _clear_way(claims / "begun" / line.name, line.request.output)
                         convert(line.request)
                         made += 1
                 except UserError as error:

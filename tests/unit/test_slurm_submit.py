@@ -50,6 +50,7 @@ def test_sizes_and_folders_follow_from_site_and_command(here: Path) -> None:
     assert made.command == ("evaluate", "--config", str(made.records / "config.yaml"), "--reconstruct")
     made = job("tokenize", "output=t", "--retry-quarantined", "--array", "8")
     assert (made.array, made.processes, made.command[-1]) == (8, 1, "--retry-quarantined")
+    assert job("evaluate", "output=m", "--held-out").processes == 1
     made = job("convert", "--input", "a b.pth", "--from", "official", "--to", "native", "--output", "ckpt")
     assert made.records == here / "ckpt.slurm/0001" and made.config is None
     assert made.command[:3] == ("convert", "--input", "a b.pth")
@@ -80,6 +81,9 @@ def test_a_container_sees_every_folder_that_the_command_names(here: Path) -> Non
     (["train", "output=a", "data.tokn_budget=3"], "did you mean data.token_budget"),
     (["train", "output=a", "--time", "soon"], "is no time limit"),
     (["train", "output=a", "--nodes", "0"], "no whole number above 0"),
+    (["train", "output=a", "--time", "3"], "leaves no time to train"),
+    (["train", "output=runs/lr:1"], "a path with a colon"),
+    (["evaluate", "--held-out", "output=a", "--nodes", "2"], "this is one process"),
 ])
 def test_contradictions_are_refused(arguments: list[str], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
@@ -148,7 +152,28 @@ def test_what_the_job_would_refuse_is_refused_before_anything_is_written(here: P
     assert [path.name for path in here.iterdir()] == ["site.yaml"]
 
 
+def test_time_limits_in_all_forms_of_slurm() -> None:
+    limits = {"90": 5400, "90:30": 5430, "1:02:03": 3723, "2-1": 176400, "2-1:30": 178200, "1-00:00:01": 86401}
+    assert {limit: submit.seconds_of(limit) for limit in limits} == limits
+
+
+def test_a_run_that_trains_already_is_not_trained_into(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = job("train", "output=runs/a")
+    write_submission(first, "", "")
+    (first.records / "job-ids").write_text("7\n", encoding="utf-8")
+    squeue = here / "bin/squeue"
+    squeue.parent.mkdir()
+    squeue.write_text("#!/bin/sh\necho '7|RUNNING|node1|1|2|None'\n", encoding="utf-8")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", str(squeue.parent), prepend=os.pathsep)
+    with pytest.raises(UserError, match=r"job 7 \(RUNNING\) trains into .*runs/a: cancel it first"):
+        submit.refuse_second(job("train", "output=runs/a"))
+    squeue.write_text("#!/bin/sh\necho '7|COMPLETED|node1|1|2|None'\n", encoding="utf-8")
+    submit.refuse_second(job("train", "output=runs/a"))
+
+
 def test_without_sbatch_a_submission_says_so(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert job("evaluate", "output=m", "--held-out").processes == 1
     made = job("convert", "--input", "a", "--from", "official", "--to", "native", "--output", "ckpt")
     monkeypatch.setenv("PATH", str(here))
     with pytest.raises(UserError, match="no sbatch on PATH"):
