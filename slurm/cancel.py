@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from grn_scale.atomic import write_bytes
 from grn_scale.command_line import CommandParser, run, start_logging
 from grn_scale.errors import UserError
-from grn_scale.slurm.records import CANCELLED, Submission, newest
+from grn_scale.slurm.records import CANCELLED, Submission, submissions
 from grn_scale.slurm.squeue import Answer, Entry, ask, tell
 
 
@@ -56,15 +56,18 @@ def _gone(entries: Sequence[Entry]) -> bool:
 def main(argv: list[str]) -> int:
     """Exit code of `grn-scale slurm cancel argv...`."""
     parser = CommandParser(
-        "slurm cancel", "Cancel the newest job of a run: all jobs of a chain, all elements of an array. What runs is "
-        "asked to save\nand end, and does not go back into the queue.", "grn-scale slurm cancel runs/first",
-        configured=False, json=True)
+        "slurm cancel", "Cancel the jobs of a run: all submissions, all jobs of a chain, all elements of an array. "
+        "What runs is asked to save\nand end, and does not go back into the queue.",
+        "grn-scale slurm cancel runs/first", configured=False, json=True)
     parser.add_argument("run", metavar="RUN", help="output folder of the job, or its folder of records")
     parser.add_argument("--now", action="store_true", help="do not wait for a save")
     options = parser.parse_options(argv)
     start_logging()
-    submission = newest(options.run)
-    removed, saving = cancel(submission, now=options.now)
+    # an earlier submission may still be in the queue, of an array for example that got help
+    removed, saving, given = [], [], submissions(options.run)
+    for submission in given:
+        gone, asked = cancel(submission, now=options.now)
+        removed, saving = [*removed, *gone], [*saving, *asked]
     if options.json:
         print(json.dumps({"submission": str(submission.folder), "cancelled": [entry.id for entry in removed],
                           "saving": [entry.id for entry in saving]}, indent=2))

@@ -10,6 +10,7 @@ restart=${SLURM_RESTART_COUNT:-0}
 logs=$records/logs/$id-$restart
 checks=$records/preflight/$id-$restart
 counter=$records/crash-loop${SLURM_ARRAY_TASK_ID:+.$SLURM_ARRAY_TASK_ID}
+starts=$records/starts${SLURM_ARRAY_TASK_ID:+.$SLURM_ARRAY_TASK_ID}.jsonl # its own: NFS cannot append from many nodes
 stopped=$records/stopped${SLURM_ARRAY_TASK_ID:+.$SLURM_ARRAY_TASK_ID}
 
 say() { TZ=UTC printf '%(%Y-%m-%dT%H:%M:%SZ)T %s\n' -1 "$*"; }
@@ -32,7 +33,7 @@ progress() {
 
 record() { # EVENT FIELDS
     printf '{"event": "%s", "job": %d, "task": %s, "restart": %d, "time": %(%s)T, "progress": %d, %s}\n' "$1" "$job" \
-        "${SLURM_ARRAY_TASK_ID:-null}" "$restart" -1 "$(progress)" "$2" >> "$records/starts.jsonl"
+        "${SLURM_ARRAY_TASK_ID:-null}" "$restart" -1 "$(progress)" "$2" >> "$starts"
 }
 
 field() { # NAME: what Slurm says of this job
@@ -44,7 +45,7 @@ field() { # NAME: what Slurm says of this job
 taken_away() {
     [[ -e $records/cancelled ]] && return 0
     [[ $(field JobState) == @(COMPLETING|CANCELLED*) && $(field Reason) != TimeLimit &&
-        $(field Restarts) == "$restart" ]]
+        $(field PreemptTime) == @(None|) && $(field Restarts) == "$restart" ]]
 }
 
 # Back into the queue. A controller that restarts or is busy may take minutes to answer.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 from grn_scale.command_line import config_yaml
 from grn_scale.config.check import check_output, check_set
 from grn_scale.config.load import load_config, to_dict
-from grn_scale.errors import ConfigError
+from grn_scale.errors import ConfigError, UserError
 from grn_scale.slurm.records import CONFIG
 
 _LONGEST_PATH = 4096
@@ -60,10 +61,23 @@ def _train(argv: list[str]) -> Request:
 
     def check(processes: int) -> None:
         train.check_before_start(config, options.resume, processes)
+        _check_space(config)
         _check_resume(options.resume, Path(config.output))
 
     # a start that is not the first one goes on, whatever was asked of the first
     return _of_config("train", config, check, "--resume", "auto")
+
+
+def _check_space(config: Any) -> None:
+    """UserError where the checkpoints to come do not fit what is free now."""
+    from grn_scale.slurm.preflight_files import checkpoint_bytes, checkpoints_to_come
+
+    output = Path(config.output).absolute()
+    there = next(folder for folder in (output, *output.parents) if folder.exists())
+    size, count, free = checkpoint_bytes(config), checkpoints_to_come(config), shutil.disk_usage(there).free
+    if free < size * count:
+        raise UserError(f"output: {free / 2**30:.1f} GiB are free in {there}, but {count} more checkpoints of "
+                        f"{size / 2**30:.1f} GiB are to come: free space, lower train.keep_last, or write elsewhere")
 
 
 def _check_resume(resume: str, run: Path) -> None:

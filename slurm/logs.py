@@ -14,7 +14,7 @@ from grn_scale.command_line import CommandParser, run, start_logging
 from grn_scale.errors import ConfigError, UserError
 from grn_scale.slurm.records import LOGS, Submission, newest
 from grn_scale.slurm.squeue import ask
-from grn_scale.slurm.starts import FILE_NAME, Start, of_task, read_starts
+from grn_scale.slurm.starts import Start, file_of, of_task, read_starts
 from grn_scale.slurm.tail import begin_of_last_lines
 
 POLL_SECONDS = 0.5
@@ -120,7 +120,7 @@ class Follower:
         return None
 
     def _starts(self) -> list[Start]:
-        size = (self._submission.folder / FILE_NAME).stat().st_size
+        size = file_of(self._submission.folder, self._start.task).stat().st_size
         if size != self._known[0]:
             self._known = size, of_task(read_starts(self._submission.folder), self._start.task)
         return self._known[1]

@@ -68,7 +68,7 @@ class Files:
         self._write_in(folder)
         needed, why = LEAST_FREE, ""
         if self._kind == "train":
-            size, count = checkpoint_bytes(config), _checkpoints_to_come(config)
+            size, count = checkpoint_bytes(config), checkpoints_to_come(config)
             needed, why = size * count, f" for {count} more checkpoint{'s' * (count > 1)} of {_gib(size)}"
         return _enough(folder, needed, why, "free space, lower train.keep_last, or give another output folder")
 
@@ -156,7 +156,7 @@ def checkpoint_bytes(config: Config) -> int:
     return 4 * copies * sum(parameter.numel() for parameter in model.parameters())
 
 
-def _checkpoints_to_come(config: Config) -> int:
+def checkpoints_to_come(config: Config) -> int:
     """How many take up space that is free now: an old one goes when the new one is there."""
     from grn_scale.checkpoint.layout import scan
 

@@ -6,7 +6,7 @@
       config.yaml         the resolved configuration
       code/grn_scale/     the package as it was, which is what runs
       job-ids             Slurm's numbers, a line each
-      starts.jsonl        every start and end of the job, written by the script (starts.py)
+      starts.jsonl        every start and end of the job, written by the script (starts.py; starts.TASK.jsonl)
       logs/               of the script, and of each process of each start
       preflight/          what was found on each node
       cancelled, stopped  marks after which the job does not start again (stopped.TASK: an element of an array)

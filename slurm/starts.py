@@ -12,7 +12,6 @@ from typing import Any
 
 from grn_scale.errors import EXIT_DO_NOT_REQUEUE, EXIT_FAILED, EXIT_HANG, EXIT_REQUEUE, EXIT_USAGE
 
-FILE_NAME = "starts.jsonl"
 log = logging.getLogger("grn_scale.slurm")
 
 _CODES = {0: "done", EXIT_FAILED: "failed", EXIT_USAGE: "bad usage or configuration",
@@ -63,7 +62,7 @@ def read_starts(records: Path) -> list[Start]:
     """The starts of a submission, oldest first; empty where there were none. Damaged lines are left out with a warning:
     a node may die while it writes."""
     found: dict[tuple[int, int | None, int], Start] = {}
-    for event in _events(records / FILE_NAME):
+    for event in (event for path in sorted(records.glob("starts*.jsonl")) for event in _events(path)):
         key = event["job"], event["task"], event["restart"]
         if event["event"] == "start":
             found[key] = Start(*key, began=event["time"], nodes=event["nodes"], progress_before=event["progress"])
@@ -72,6 +71,11 @@ def read_starts(records: Path) -> list[Start]:
             found[key] = replace(before, ended=event["time"], progress=event["progress"], code=event["code"],
                                  decision=event["decision"])
     return sorted(found.values(), key=lambda start: start.at)
+
+
+def file_of(records: Path, task: int | None) -> Path:
+    """Where a job, or an element of an array, writes its starts."""
+    return records / ("starts.jsonl" if task is None else f"starts.{task}.jsonl")
 
 
 def of_task(starts: Sequence[Start], task: int | None) -> list[Start]:

@@ -4,6 +4,8 @@ import json
 import os
 import time
 
+from grn_scale.slurm.starts import file_of
+
 NOW = int(time.time())
 RUNNING = f"12|RUNNING|node[1-2]|{NOW - 50}|{NOW + 3600}|None"
 PENDING = f"12|PENDING||{NOW + 120}|N/A|BeginTime"
@@ -26,7 +28,7 @@ class Job:
 
     def event(self, event, restart=0, ago=100, progress=0, task=None, job=12, **fields):
         fields = {"nodes": "node[1-2]"} if event == "start" else fields
-        with open(self.folder / "starts.jsonl", "a") as file:
+        with open(file_of(self.folder, task), "a") as file:
             file.write(json.dumps({"event": event, "job": job, "task": task, "restart": restart, "time": NOW - ago,
                                    "progress": progress, **fields}) + "\n")
         return self

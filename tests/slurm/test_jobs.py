@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import pytest
 
 from grn_scale.config.load import read_mapping
 from grn_scale.slurm.records import newest
+from grn_scale.slurm.starts import read_starts
 from grn_scale.train.metrics import read_metrics
 from tests.helpers.jobs import MODEL, grn_scale, train_arguments, write_dataset
 from tests.helpers.slurm_cluster import SlurmCluster
@@ -63,9 +63,7 @@ def losses(run: Path) -> list[float]:
 
 def ends(run: Path) -> list[tuple[int, str]]:
     """Exit code and decision of each start that came to its end."""
-    path = newest(run).folder / "starts.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [(event["code"], event["decision"]) for event in map(json.loads, lines) if event["event"] == "end"]
+    return [(start.code, start.decision) for start in read_starts(newest(run).folder) if start.ended is not None]
 
 
 def logs(run: Path) -> str:
