@@ -15,7 +15,7 @@ from grn_scale.slurm.preflight_check import Failed, Limit, Node, Skipped
 
 MEET_SHARE = 0.5
 """Of the time limit, until which the first node waits for the others."""
-ANSWER_SHARE = 0.06
+ANSWER_SHARE = 0.09
 """How much longer the others wait for what the first one says: not all start at the same moment."""
 LEAVE_SHARE = 0.92
 

@@ -57,9 +57,9 @@ def test_nodes_meet_compare_and_measure(tmp_path):
 
 
 def test_a_node_that_does_not_come_is_named_by_all_and_waited_for_no_longer_than_told(tmp_path):
-    begin = time.monotonic()
-    found = meet(tmp_path, ("node1", "node3"), seconds=3)
-    assert time.monotonic() - begin < 4
+    begin, seconds = time.monotonic(), 6
+    found = meet(tmp_path, ("node1", "node3"), seconds=seconds)
+    assert time.monotonic() - begin < 2 * seconds
     for results in found.values():
         met = named(results, "meeting")
         assert (met.state, met.nodes) == ("failed", ("node2",)) and "node2 did not come" in met.detail
@@ -76,11 +76,11 @@ def test_the_first_node_is_to_blame_unless_it_started_and_this_one_cannot_reach_
 
 
 def test_a_node_that_is_lost_later_is_named_and_so_is_the_one_where_they_meet(tmp_path):
-    found = meet(tmp_path, seconds=3, dies_at={"node3": "versions"})
+    found = meet(tmp_path, seconds=6, dies_at={"node3": "versions"})
     for name in ("node1", "node2"):
         lost = named(found[name], "versions")
         assert (lost.state, lost.nodes) == ("failed", ("node3",)) and states(found[name])["clock"] == "ok"
-    found = meet(tmp_path, seconds=3, dies_at={"node1": "versions"})
+    found = meet(tmp_path, seconds=6, dies_at={"node1": "versions"})
     for name in ("node2", "node3"):  # an answer about clocks may still have been on its way
         failed = [result for result in found[name] if result.state == "failed"]
         assert [result.nodes for result in failed] == [("node1",)] and "no longer answers" in failed[0].detail
