@@ -114,7 +114,7 @@ def judge(name: str, check: Check) -> Result:
         return result(FAILED, error.detail, remedy=error.remedy, nodes=error.nodes)
     except UserError as error:
         return result(FAILED, str(error))
-    except Exception as error:
+    except Exception as error:  # whatever a driver or library does is a finding about this node, and the others follow
         message = os_error_message(error) if isinstance(error, OSError) else None
         return result(FAILED, message or f"{type(error).__name__}: {error}")
     return result(OK, passed.detail, measured=passed.measured)

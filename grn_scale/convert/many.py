@@ -12,7 +12,8 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,14 +66,21 @@ def read_list(path: Path, request_of: Callable[[list[str]], Request]) -> list[Li
     return list(lines.values())
 
 
-def _clear_way(begun: Path, output: Path) -> None:
-    """Remove what a process of this list that was killed left beside an output; note that this one begins it."""
+@contextmanager
+def _noted(note: Path, output: Path) -> Iterator[None]:
+    """A note that this list works on an output, for as long as it does. One that is there already is that of a process
+    which was killed: what it left beside the output goes. Where others left something, it stays, and is refused."""
     partial = output.with_name(output.name + PARTIAL)
-    if begun.exists() and partial.is_dir():
-        shutil.rmtree(partial)  # this list's: the note is older
-    elif begun.exists():
+    if note.exists() and partial.is_dir():
+        shutil.rmtree(partial)  # this list's, by the note
+    elif note.exists():
         partial.unlink(missing_ok=True)
-    write_bytes(begun, b"")
+    if not partial.exists():
+        write_bytes(note, b"")
+    try:
+        yield
+    finally:
+        note.unlink(missing_ok=True)
 
 
 def convert_listed(path: Path, lines: list[Line]) -> dict[str, Any]:
@@ -91,8 +99,8 @@ def convert_listed(path: Path, lines: list[Line]) -> dict[str, Any]:
                 try:
                     if not line.request.output.exists():
                         log.info("%s:%d: %s", path, line.number, line.request.output)
-                        _clear_way(claims / "begun" / line.name, line.request.output)
-                        convert(line.request)
+                        with _noted(claims / "begun" / line.name, line.request.output):
+                            convert(line.request)
                         made += 1
                 except UserError as error:
                     log.error("%s:%d: %s", path, line.number, error)

@@ -56,7 +56,7 @@ def main() -> None:
             os.kill(process, signal.SIGKILL)
         for process in family:
             os.waitpid(process, 0)
-    shutil.rmtree(sys.argv[1])
+    shutil.rmtree(sys.argv[1])  # which the cluster made for itself
 
 
 if __name__ == "__main__":

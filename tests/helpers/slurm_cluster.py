@@ -114,7 +114,7 @@ class SlurmCluster:
         try:
             self._configure()
             self._start()
-        except BaseException:
+        except BaseException:  # also Ctrl-C: no daemon may stay; it is raised again
             self.__exit__()
             raise
         return self

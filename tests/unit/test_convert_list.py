@@ -13,6 +13,7 @@ import yaml
 
 from grn_scale.checkpoint import load_weights
 from grn_scale.cli import main
+from grn_scale.convert.command import conversions
 from tests.helpers.jobs import ENVIRONMENT
 from tests.unit.test_convert import CASES, MODELS, same, state_of
 
@@ -54,6 +55,22 @@ def test_a_line_that_fails_is_named_when_the_others_are_done(listed: dict, capsy
     Path("lost.pth").write_bytes(Path("grn.pth").read_bytes())
     assert main(["convert", "--list", "conversions.txt"]) == 0
     assert capsys.readouterr().out == "6 conversions are done, 1 of them by this process\n"
+
+
+def test_what_a_killed_process_left_goes_and_what_others_left_stays(listed: dict, capsys) -> None:
+    for name in ("out 1", "out 2"):
+        Path(f"{name}.partial").mkdir()
+        Path(f"{name}.partial/begun").touch()
+    ours, = (line for line in conversions("conversions.txt") if line.request.output.name == "out 1")
+    note = Path("conversions.txt.claims/begun") / ours.name
+    note.parent.mkdir(parents=True)
+    note.touch()
+    for _ in range(2):
+        assert main(["convert", "--list", "conversions.txt"]) == 1
+        assert "1 of 6 conversions failed" in capsys.readouterr().err
+        assert Path("out 2.partial/begun").exists() and not Path("out 1.partial").exists()
+    assert [i for i in range(6) if Path(f"out {i}").exists()] == [0, 1, 3, 4, 5]
+    assert list(note.parent.iterdir()) == []
 
 
 @pytest.mark.parametrize("line,words", [
