@@ -18,6 +18,8 @@ BEAT_SECONDS = 2.0
 """Between the signs of life of a process."""
 CONTACT_SECONDS = 3 * BEAT_SECONDS
 """How long a process that lost contact looks for the reason: by then every living process has given a sign."""
+LEAVE_SECONDS = 30.0
+"""Time for a process that fails, or whose job is gone, to end by itself, and for its threads beside training."""
 
 log = logging.getLogger("grn_scale.train")
 

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from grn_scale.atomic import write_bytes
 from grn_scale.errors import UserError
 from grn_scale.train.board import Board
-from grn_scale.train.failures import BEAT_SECONDS
+from grn_scale.train.failures import BEAT_SECONDS, LEAVE_SECONDS
 from grn_scale.train.heartbeat import Beat, Heart, silent_ranks
 
 FILE_NAME = "health.json"
@@ -50,7 +50,7 @@ class HealthFile:
 
     def __exit__(self, *_: object) -> None:
         self._left.set()
-        self._thread.join(1.0)
+        self._thread.join(LEAVE_SECONDS)
 
     def _keep(self) -> None:
         written = time.monotonic()

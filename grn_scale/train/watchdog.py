@@ -21,15 +21,12 @@ import torch.distributed as dist
 from grn_scale.config.run_schema import WatchdogConfig
 from grn_scale.errors import EXIT_FAILED, EXIT_HANG
 from grn_scale.train.board import Alarm, Board, Failure
-from grn_scale.train.failures import BEAT_SECONDS, CONTACT_SECONDS
+from grn_scale.train.failures import BEAT_SECONDS, CONTACT_SECONDS, LEAVE_SECONDS
 from grn_scale.train.hang_report import headline, innermost_calls, write_report, write_stacks
 from grn_scale.train.heartbeat import Beat, Heart
 
 REPORT_SECONDS = 20.0
 """Time for stacks and report; then a process ends without them."""
-LEAVE_SECONDS = 30.0
-"""Time for a process that fails, or whose job is gone, to end by itself."""
-
 log = logging.getLogger("grn_scale.train")
 
 
@@ -53,10 +50,15 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         self._left.set()
-        self._thread.join(BEAT_SECONDS)  # it may wait for a store that is gone
+        self._thread.join(LEAVE_SECONDS)
         faulthandler.cancel_dump_traceback_later()
+        if self._thread.is_alive() and self._heart.failed_with is not None:
+            # It waits for a store that is slow. Coming back to an interpreter that ends it would abort the process,
+            # and the exit code, which says whether to start again, would be that of the signal.
+            _say(f"error: {error}")
+            os._exit(self._heart.failed_with)
 
     def _watch(self) -> None:
         while not self._left.wait(BEAT_SECONDS):

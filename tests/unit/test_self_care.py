@@ -7,6 +7,9 @@ import math
 import os
 import signal
 import socket
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from dataclasses import replace
@@ -282,6 +285,35 @@ def test_losing_contact_is_explained_by_the_error_of_another_process() -> None:
     with pytest.raises(JobFailed, match="rank 1 on node1 failed: bad key") as raised, errors_shared(board, heart):
         raise RuntimeError("[../gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]")
     assert raised.value.exit_code == heart.failed_with == 2 and isinstance(raised.value, UserError)
+
+
+def test_a_store_that_answers_late_changes_no_exit_code() -> None:
+    """A thread that comes back from such a call at the end of the interpreter ends the process with signal 6."""
+    program = """
+        import threading, torch.distributed as dist
+        from pathlib import Path
+        from grn_scale.command_line import run
+        from grn_scale.config.run_schema import WatchdogConfig
+        from grn_scale.errors import DoNotRequeue
+        from grn_scale.train import failures, heartbeat, watchdog
+        from grn_scale.train.board import Board
+
+        watchdog.LEAVE_SECONDS = watchdog.BEAT_SECONDS = 0.1
+        store, asked = dist.TCPStore("127.0.0.1", 0, 1, True), threading.Event()
+        slow = dist.TCPStore("127.0.0.1", store.port, is_master=False)
+        board, heart = Board(store, "run", 0, 1), heartbeat.Heart()
+
+        def main(_):
+            with watchdog.Watchdog(WatchdogConfig(), Path("run"), board, heart):
+                board.post = lambda beat: [(asked.set(), slow.add("times", 1)) for _ in iter(int, 1)]
+                asked.wait()
+                with failures.errors_shared(board, heart):
+                    raise DoNotRequeue("the limit is spent")
+
+        raise SystemExit(run(main))
+    """
+    end = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60)
+    assert end.returncode == 78 and end.stderr.endswith("error: the limit is spent\n"), end
 
 
 def test_an_error_is_told_before_the_save_in_flight_is_waited_for(tmp_path) -> None:
