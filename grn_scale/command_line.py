@@ -24,6 +24,7 @@ import logging
 import os
 import select
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -32,6 +33,8 @@ from typing import Any, NoReturn, TextIO
 from grn_scale.atomic import write_bytes
 from grn_scale.errors import EXIT_FAILED, ConfigError, UserError
 
+SAY_SECONDS = 3.0
+"""Time for another process to say why all end."""
 EXIT_INTERRUPTED = 130
 """What shells report for a process that SIGINT ended."""
 EXIT_PIPE = 141
@@ -56,8 +59,10 @@ def run(main: Callable[[list[str]], int], argv: list[str] | None = None) -> int:
     try:
         return main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        # All processes refuse a configuration alike: one of each node says so.
-        if not (isinstance(error, ConfigError) and int(os.environ.get("LOCAL_RANK", "0"))):
+        # All processes refuse a configuration alike: one of each node says so, before launchers end it for another.
+        if isinstance(error, ConfigError) and int(os.environ.get("LOCAL_RANK", "0")):
+            time.sleep(SAY_SECONDS)
+        else:
             print(f"{_rank_prefix()}error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
@@ -206,6 +211,11 @@ class CommandParser(argparse.ArgumentParser):
         if json:
             self.add_argument("--json", action="store_true", help="print the result as JSON")
 
+    @property
+    def long_options(self) -> list[str]:
+        """Its own, not the keys of the configuration."""
+        return [option for option in self._option_string_actions if option.startswith("--")]
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}\nsee `{self.prog} --help`")
 
@@ -275,7 +285,7 @@ class CommandParser(argparse.ArgumentParser):
             option = argument.partition("=")[0]
             if not argument.startswith("--") or self._knows(argument) or option[2:] in keys:
                 continue
-            own = [known for known in self._option_string_actions if known.startswith("--")]
-            near = difflib.get_close_matches(option, [*own, *(f"--{key}" for key in keys)], n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"options are {', '.join(own)}"
+            near = difflib.get_close_matches(option, [*self.long_options, *(f"--{key}" for key in keys)], n=1,
+                                             cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"options are {', '.join(self.long_options)}"
             raise ConfigError(f"unknown option {option}; {hint}")

@@ -64,7 +64,9 @@ def command_parser(resume: str) -> CommandParser:
 def check_before_start(config: Config, resume: str, world_size: int) -> None:
     """Refuse what cannot run on `world_size` processes, before any process group or model is built."""
     from grn_scale.checkpoint.origin import check_origin
+    from grn_scale.data.loader import check_step_size
     from grn_scale.data.mixture import Mixture
+    from grn_scale.data.plan import Plan
     from grn_scale.tokenizer import load_tokenizer
     from grn_scale.train.metrics import check_wandb
     from grn_scale.train.resuming import goes_on
@@ -79,6 +81,8 @@ def check_before_start(config: Config, resume: str, world_size: int) -> None:
     check_wandb(config.logging)
     mixture = Mixture.open(config.data)
     check_training(config, mixture.info)
+    check_step_size(Plan.of(mixture, config.data, config.seed), config.data.packs_per_step)
+    check_samples(config, mixture)
     mixture.datasets[0].check_tokenizer(load_tokenizer(config.tokenizer.path).fingerprint)
     if encodes_texts(config, mixture.infos):
         check_text_encoder(config, mixture.infos)

@@ -15,8 +15,8 @@ stopped=$records/stopped${SLURM_ARRAY_TASK_ID:+.$SLURM_ARRAY_TASK_ID}
 
 say() { TZ=UTC printf '%(%Y-%m-%dT%H:%M:%SZ)T %s\n' -1 "$*"; }
 
-# Training: step of the newest checkpoint. Tokenization: finished chunks. It must rise for a start to count as one that
-# got somewhere.
+# Training: step of the newest checkpoint. Tokenization: finished chunks. Conversion of a list: those made. It must rise
+# for a start to count as one that got somewhere.
 progress() {
     local most=0 path number
     case $kind in
@@ -27,6 +27,8 @@ progress() {
         done ;;
     tokenize)
         if [[ -d $run/chunks ]]; then most=$(find "$run/chunks" -name '*.json' | wc -l); fi ;;
+    convert)
+        if [[ -d $run.claims/made ]]; then most=$(find "$run.claims/made" -type f | wc -l); fi ;;
     esac
     echo "$((most))"
 }
@@ -69,7 +71,11 @@ leave() { # CODE DECISION REASON
     stop) printf '%s\n' "$3" > "$stopped" ;;
     requeue)
         requeue
-        if [[ -n $excluded ]]; then # Slurm ends this job meanwhile, and may interrupt the first try
+        if [[ -n $excluded ]]; then
+            local before
+            before=$(field ExcNodeList) # of the submission
+            if [[ $before != @("(null)"|) ]]; then excluded=$before,$excluded; fi
+            # Slurm ends this job meanwhile, and may interrupt the first try
             scontrol update JobId="$id" ExcNodeList="$excluded" ||
                 scontrol update JobId="$id" ExcNodeList="$excluded" ||
                 say "error: it may get these nodes again: $excluded"
@@ -78,11 +84,17 @@ leave() { # CODE DECISION REASON
     exit "$1"
 }
 
+last_of_chain() {
+    local jobs
+    mapfile -t jobs < <(uniq "$records/job-ids") # the script of the first may write its number, too
+    ((${#jobs[@]} >= chain)) && [[ ${jobs[-1]} == "$job" ]]
+}
+
 # Ends this script where the work is neither done nor hopeless.
 go_on() { # CODE WHY
     if taken_away; then leave "$1" cancelled "$2: cancelled"; fi
-    if ((chained)); then leave "$1" next "$2: the next job of the chain goes on"; fi
-    if ((!requeue)); then leave "$1" next "$2: go on with: sbatch $records/job.sbatch"; fi
+    if ((chain > 1)) && ! last_of_chain; then leave "$1" next "$2: the next job of the chain goes on"; fi
+    if ((!requeue)); then leave "$1" left "$2: go on with: sbatch $records/job.sbatch"; fi
     leave "$1" requeue "$2: back into the queue${excluded:+ without $excluded}"
 }
 
@@ -104,7 +116,7 @@ count_start() {
         leave 78 stop "stopped: $start_limit starts in a row (asked to stop: ten times as many) ended without progress \
 beyond $reached; see \`grn-scale slurm why\`"
     fi
-    weigh 10 || leave 1 next "error: $counter cannot be written: free space there, then sbatch $records/job.sbatch"
+    weigh 10 || leave 1 left "error: $counter cannot be written: free space there, then sbatch $records/job.sbatch"
 }
 
 free_port() { # FIRST
@@ -174,13 +186,14 @@ fi
 
 code=75
 if ((!asked)); then
-    attend "${launch[@]}" --logs "$logs" -- "${command[@]}"
+    attend "${launch[@]}" --rank-logs "$logs" -- "${command[@]}"
     code=$?
 fi
-# srun tells the highest code of all processes, torchrun 1 of any. What would come again says more; and where one failed
-# by itself, the others were told to stop, and may have saved.
+# srun tells the highest code of all processes, also of those that it ended because another one had saved and was gone,
+# torchrun 1 of any. What would come again says more; and where one failed by itself, the others were told to stop, and
+# may have saved.
 : > "$logs/ended" # a change of one's own makes NFS look at the folder anew
-if [[ -e $logs/exit-75 ]] && ((code == 1)); then code=75; fi
+if [[ -e $logs/exit-75 ]] && ((code == 1 || code > 128)); then code=75; fi
 for path in "$logs"/exit-[0-9]*; do
     if [[ -e $path && $code == 75 ]]; then code=${path##*/exit-}; fi
 done

@@ -17,6 +17,19 @@ from grn_scale.errors import ConfigError
 
 BODY = Path(__file__).with_name("job.sh")
 PREFLIGHT_SECONDS = 300
+_MEETING = ("MASTER_ADDR", "MASTER_PORT", "GRN_SCALE_NODES", "SLURM_JOB_END_TIME")
+"""Variables that job.sh exports."""
+_IN_FILE = "{} in the cluster file"
+_SET_BY = {"job-name": "--name", "output": "--records", "dependency": "--chain",
+           **{name: f"--{name}" for name in (
+               "nodes", "time", "partition", "account", "gpus-per-node", "array", "wait")},
+           **{name: _IN_FILE.format(name) for name in ("qos", "constraint", "exclusive", "requeue")},
+           "no-requeue": _IN_FILE.format("requeue"), "mem": _IN_FILE.format("memory"),
+           "gres": _IN_FILE.format("gpu_option"), "cpus-per-task": _IN_FILE.format("cpus_per_process"),
+           "signal": _IN_FILE.format("signal_seconds"), "export": _IN_FILE.format("environment"),
+           **dict.fromkeys(("chdir", "open-mode", "ntasks", "ntasks-per-node", "ntasks-per-gpu", "error", "input",
+                            "wrap", "parsable", "test-only", "kill-on-invalid-dep"), "")}
+"""Options of sbatch that the script has, or that would break it, and what they follow from."""
 _PLAIN = re.compile(r"[A-Za-z0-9_./:@%+=,-]+")
 _LINE_CHARACTERS = 118
 
@@ -52,6 +65,10 @@ class Job:
     """Resolved configuration, for the preflight; None: no preflight."""
     array: int = 0
     """Number of elements; 0: no array."""
+    at_once: int = 0
+    """How many of them may run at a time; 0: all."""
+    sbatch: tuple[str, ...] = ()
+    """Further options of sbatch, beside those of the cluster."""
     chain: int = 1
     """Jobs submitted, each of which waits for the one before."""
     start_limit: int = 3
@@ -82,11 +99,13 @@ def batch_script(job: Job) -> str:
     lines = [shell, *(f"#SBATCH {option}" for option in sbatch_options(job)),
              f"# Written by grn_scale {__version__}: `grn-scale slurm {job.kind}`.",
              "# shellcheck disable=SC2016,SC2317  # what is quoted stays as it is; traps call functions", ""]
-    lines += [f"module load {shlex.quote(module)}" for module in job.cluster.modules]
-    lines += ["set -uo pipefail", *_exports(job), ""]
+    for module in job.cluster.modules:
+        complaint = shlex.quote(f"error: module load {module} failed; correct modules in the cluster file")
+        lines.append(f"module load {shlex.quote(module)} || {{ echo {complaint} >&2; exit 1; }}")
+    lines += ["set -uo pipefail", *(f"export {name}={value}" for name, value in _variables(job)), ""]
     for name, value in (("kind", job.kind), ("run", job.run), ("records", job.records),
                         ("start_limit", job.start_limit), ("requeue", int(job.goes_back)),
-                        ("chained", int(job.chain > 1)), ("exclude_failed", int(job.exclude_failed))):
+                        ("chain", job.chain), ("exclude_failed", int(job.exclude_failed))):
         lines.append(f"{name}={shlex.quote(str(value))}")
     lines += [_array("preflight", preflight_command(job)), _array("launch", launch_command(job)),
               _array("command", job.command), "", BODY.read_text(encoding="utf-8")]
@@ -101,14 +120,21 @@ def sbatch_options(job: Job) -> Iterator[str]:
         ("job-name", job.name), ("chdir", str(job.working_folder)),
         ("output", _pattern(job.records / "logs") + ("/job-%A_%a.out" if job.array else "/job-%j.out")),
         ("open-mode", "append"), ("nodes", job.nodes), ("ntasks-per-node", per_node)]
+    gpus = ":".join(filter(None, [cluster.gres_type, str(job.gpus_per_node)]))
     if job.gpus_per_node and cluster.gpu_option != "none":
-        values.append(("gres", f"gpu:{job.gpus_per_node}") if cluster.gpu_option == "gres" else
-                      ("gpus-per-node", job.gpus_per_node))
+        values.append(("gres", f"gpu:{gpus}") if cluster.gpu_option == "gres" else ("gpus-per-node", gpus))
     values += [(name, value) for name, value in (
         ("cpus-per-task", job.cpus_per_node // per_node), ("mem", cluster.memory), ("time", job.time_limit),
         ("partition", job.partition), ("account", job.account), ("qos", cluster.qos),
-        ("constraint", cluster.constraint), ("array", f"0-{job.array - 1}" if job.array else "")) if value]
+        ("constraint", cluster.constraint),
+        ("array", f"0-{job.array - 1}{f'%{job.at_once}' * bool(job.at_once)}" if job.array else "")) if value]
     yield from (f"--{name}={_quoted(name, str(value))}" for name, value in values)
+    for option in (*cluster.sbatch_options, *job.sbatch):
+        name, equals, value = option.removeprefix("--").partition("=")
+        if name in _SET_BY:
+            remedy = f"give {_SET_BY[name]}" if _SET_BY[name] else "leave it out"
+            raise ConfigError(f"sbatch's --{name} is no further option, the job derives it: {remedy}")
+        yield f"--{name}={_quoted(name, value)}" if equals else f"--{name}"
     if cluster.exclusive:
         yield "--exclusive"
     yield "--requeue" if job.goes_back else "--no-requeue"
@@ -140,13 +166,16 @@ def preflight_command(job: Job) -> list[str]:
 def _srun(job: Job, per_node: int) -> list[str]:
     # an --export of the submission would hold for srun, too, and leave processes without PATH
     options = ["--export=ALL", f"--nodes={job.nodes}", f"--ntasks={job.nodes * per_node}",
-               f"--ntasks-per-node={per_node}"]
+               f"--ntasks-per-node={per_node}",
+               *(f"--{option.removeprefix('--')}" for option in job.cluster.srun_options)]
     if job.cpus_per_node:  # srun does not take it from the job
         options.append(f"--cpus-per-task={job.cpus_per_node // per_node}")
     container = job.cluster.container
     if container.runtime == "pyxis":
         options += [f"--container-image={container.image}", f"--container-workdir={job.working_folder}",
-                    f"--container-mounts={','.join(_both(mount) for mount in job.mounts)}"]
+                    f"--container-mounts={','.join(_both(mount) for mount in job.mounts)}",
+                    # where the image has variables of these names, the job's hold
+                    f"--container-env={','.join(dict.fromkeys([*(name for name, _ in _variables(job)), *_MEETING]))}"]
     return ["srun", *options]
 
 
@@ -164,14 +193,15 @@ def _both(mount: str) -> str:
     return mount if ":" in mount else f"{mount}:{mount}"
 
 
-def _exports(job: Job) -> list[str]:
+def _variables(job: Job) -> list[tuple[str, str]]:
+    """What the processes' environment has from the job, in order: names, and values as bash reads them."""
     values = dict(job.cluster.environment)
     if job.cluster.scratch:
         values["TMPDIR"] = job.cluster.scratch
-    lines = [f"export {name}={shlex.quote(value)}" for name, value in values.items()]
     # the code of the job's folder, also where the working folder is a checkout
     code = shlex.quote(str(job.records / "code"))
-    return [*lines, "export PYTHONSAFEPATH=1", f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}"]
+    return [*((name, shlex.quote(value)) for name, value in values.items()),
+            ("PYTHONSAFEPATH", "1"), ("PYTHONPATH", f"{code}${{PYTHONPATH:+:$PYTHONPATH}}")]
 
 
 def _array(name: str, words: Sequence[str]) -> str:

@@ -18,7 +18,8 @@ _CODES = {0: "done", EXIT_FAILED: "failed", EXIT_USAGE: "bad usage or configurat
           EXIT_REQUEUE: "asked to stop, wants to go on", EXIT_DO_NOT_REQUEUE: "failed, and would fail again",
           EXIT_HANG: "hung, ended by the watchdog"}
 DECISIONS = {"done": "finished", "requeue": "back into the queue", "stop": "stopped",
-             "next": "the next job goes on", "cancelled": "cancelled", "drop": "not started"}
+             "next": "the next job goes on", "left": "to be submitted again", "cancelled": "cancelled",
+             "drop": "not started"}
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Start:
     progress: int | None = None
     code: int | None = None
     decision: str | None = None
-    """done, requeue, stop, next, cancelled or drop (refused to start)."""
+    """done, requeue, stop, next, left (nothing starts it again), cancelled or drop (refused to start)."""
 
     @property
     def id(self) -> str:

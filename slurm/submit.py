@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import logging
 import os
 import re
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from grn_scale.atomic import append_line
 from grn_scale.command_line import CommandParser, start_logging
-from grn_scale.config.cluster import TIME, Cluster
+from grn_scale.config.cluster import OPTION, OPTION_FORM, TIME, Cluster
 from grn_scale.errors import EXIT_FAILED, ConfigError, UserError
 from grn_scale.slurm.kinds import Request, read_request
 from grn_scale.slurm.records import (
@@ -43,10 +44,14 @@ log = logging.getLogger("grn_scale")
 
 def main(kind: str, argv: list[str]) -> int:
     """Show, try or submit the job; the exit code, with --wait that of the job."""
-    options, arguments = _parser(kind).parse_known_args(argv)
+    parser = _parser(kind)
+    options, arguments = parser.parse_known_args(argv)
     start_logging()
     cluster = Cluster.load(_cluster_file(options))
-    request = read_request(kind, arguments)
+    try:
+        request = read_request(kind, arguments)
+    except ConfigError as error:
+        raise ConfigError(f"{error}{_hint(parser, arguments)}") from error
     job = job_of(request, cluster, options)
     script = batch_script(job)
     if options.print:
@@ -68,12 +73,13 @@ def job_of(request: Request, cluster: Cluster, options: argparse.Namespace) -> J
     if shares < 1:
         raise ConfigError(f"the cluster {cluster.name} says neither gpus_per_node nor processes_per_node: add one to "
                           "its file, or give --gpus-per-node")
-    if options.array and not request.shared:
+    elements = options.array[0]
+    if elements and not request.shared:
         raise ConfigError("--array shares the work of tokenization, or of convert --list FILE; this is one job: leave "
                           "it out")
-    if options.array and options.nodes > 1:
-        raise ConfigError(f"--array {options.array} asks for elements of one node each: leave --nodes out")
-    if options.chain > 1 and options.array:
+    if elements and options.nodes > 1:
+        raise ConfigError(f"--array {elements} asks for elements of one node each: leave --nodes out")
+    if options.chain > 1 and elements:
         raise ConfigError("--chain and --array exclude each other: elements that end early are requeued, or submit "
                           "again later, which takes up the work that is left")
     if request.alone and options.nodes > 1:
@@ -108,9 +114,9 @@ def job_of(request: Request, cluster: Cluster, options: argparse.Namespace) -> J
         mounts=() if container.runtime == "none" else mounts_of(
             request, records, working, (*container.mounts, *filter(None, [cluster.scratch]))),
         # where processes have to meet; a worker of tokenization fails alone, and soon
-        config=records / CONFIG if request.kind in ("train", "evaluate") else None, array=options.array,
-        chain=options.chain, start_limit=options.start_limit, exclude_failed=options.exclude_failed_nodes,
-        torchrun=options.torchrun)
+        config=records / CONFIG if request.kind in ("train", "evaluate") else None,
+        array=elements, at_once=options.array[1], chain=options.chain, start_limit=options.start_limit,
+        exclude_failed=options.exclude_failed_nodes, torchrun=options.torchrun, sbatch=tuple(options.sbatch))
 
 
 def mounts_of(request: Request, records: Path, working: Path, site: tuple[str, ...]) -> tuple[str, ...]:
@@ -198,6 +204,13 @@ def seconds_of(limit: str) -> int:
     return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + seconds
 
 
+def _hint(parser: CommandParser, arguments: list[str]) -> str:
+    """Where an option that was left for the command looks like a mistyped one of the job."""
+    near = (difflib.get_close_matches(argument.partition("=")[0], parser.long_options, n=1, cutoff=0.8)
+            for argument in arguments if argument.startswith("--"))
+    return next((f"; the job has {found[0]}" for found in near if found), "")
+
+
 def _cluster_file(options: argparse.Namespace) -> str:
     name = options.cluster or os.environ.get(CLUSTER_VARIABLE, "")
     if not name:
@@ -239,8 +252,10 @@ def _parser(kind: str) -> CommandParser:
     parser.add_argument("--name", default="", help="of the job (default: from the output folder)")
     parser.add_argument("--records", metavar="FOLDER", help="where the job's records go (default: "
                         "OUTPUT/slurm; OUTPUT.slurm of tokenize and convert)")
-    parser.add_argument("--array", type=_positive, default=0, metavar="N", help="tokenize, convert --list: N jobs of "
-                        "a node each that share the work; more may be submitted later")
+    parser.add_argument("--array", type=_array_size, default=(0, 0), metavar="N[%M]", help="tokenize, convert --list: "
+                        "N jobs of a node each that share the work, M at a time; more may be submitted later")
+    parser.add_argument("--sbatch", type=_option, action="append", default=[], metavar="OPTION=VALUE",
+                        help="a further option of sbatch, such as reservation=NAME; may be repeated")
     parser.add_argument("--chain", type=_positive, default=1, metavar="N", help="submit N jobs of which each goes on "
                         "where the one before ended, for sites without requeue")
     parser.add_argument("--start-limit", type=_positive, default=3, metavar="N", help="stop after so many starts in a "
@@ -255,6 +270,18 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
     return int(text)
+
+
+def _array_size(text: str) -> tuple[int, int]:
+    """Number of elements, and how many may run at a time (0: all)."""
+    count, percent, at_once = text.partition("%")
+    return _positive(count), _positive(at_once) if percent else 0
+
+
+def _option(text: str) -> str:
+    if not OPTION.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of the {OPTION_FORM}")
+    return text
 
 
 def _time(text: str) -> str:

@@ -1,7 +1,7 @@
 """One process of a job, as srun starts it: its output goes to a file of its own, and its exit code stays behind.
 
-    srun python -m grn_scale.slurm.task --logs FOLDER -- train --config config.yaml
-    srun --ntasks-per-node=1 python -m grn_scale.slurm.task --torchrun 8 --logs FOLDER -- train --config config.yaml
+    srun python -m grn_scale.slurm.task --rank-logs FOLDER -- train --config config.yaml
+    srun --ntasks-per-node=1 python -m grn_scale.slurm.task --torchrun 8 --rank-logs FOLDER -- train --config ...
 
 With --torchrun it becomes the torchrun of a node, which starts this program again for each process.
 """
@@ -24,21 +24,23 @@ from grn_scale.parallel.dims import adopt_srun
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m grn_scale.slurm.task")
     parser.add_argument("--torchrun", type=int, default=0, metavar="N", help="start N processes on this node")
-    parser.add_argument("--logs", required=True, type=Path, metavar="FOLDER")
+    # torchrun takes an option that begins as its own do, such as --logs, for one of its own
+    parser.add_argument("--rank-logs", required=True, type=Path, metavar="FOLDER")
     parser.add_argument("command", nargs="+", help="arguments of grn-scale")
     options = parser.parse_args(argv)
     if options.torchrun:
-        become_torchrun(options.torchrun, options.logs, options.command)
+        become_torchrun(options.torchrun, options.rank_logs, options.command)
     if options.command[0] in ("train", "evaluate"):
         adopt_srun()
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-    write_into(options.logs / f"rank-{rank:05d}.log")
+    write_into(options.rank_logs / f"rank-{rank:05d}.log")
     code = EXIT_FAILED  # of an error that leaves a traceback
     try:
         code = run(dispatch, options.command)
     finally:
         if code:
-            (options.logs / f"exit-{code}").write_text(f"rank {rank} on {socket.gethostname()}\n", encoding="utf-8")
+            word = f"rank {rank} on {socket.gethostname()}\n"
+            (options.rank_logs / f"exit-{code}").write_text(word, encoding="utf-8")
     return code
 
 
@@ -48,7 +50,7 @@ def become_torchrun(processes: int, logs: Path, command: list[str]) -> None:
     launcher = ["-m", "torch.distributed.run", f"--nnodes={os.environ['SLURM_STEP_NUM_NODES']}",
                 f"--node-rank={os.environ['SLURM_NODEID']}", f"--nproc-per-node={processes}",
                 f"--master-addr={os.environ['MASTER_ADDR']}", f"--master-port={os.environ['MASTER_PORT']}"]
-    os.execv(sys.executable, [sys.executable, *launcher, "-m", __spec__.name, "--logs", str(logs), "--", *command])
+    os.execv(sys.executable, [sys.executable, *launcher, "-m", __spec__.name, "--rank-logs", str(logs), "--", *command])
 
 
 def write_into(path: Path) -> None:

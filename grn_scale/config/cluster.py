@@ -12,6 +12,8 @@ from grn_scale.errors import ConfigError
 
 TIME = re.compile(r"\d+|(\d+-)?\d+(:\d+){0,2}")
 """Slurm's forms: minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS."""
+OPTION = re.compile(r"(--)?[a-z][a-z0-9-]+(=[^\n\0]*)?")
+OPTION_FORM = "long options such as reservation=NAME or --reservation=NAME"
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _WORD = re.compile(r"[A-Za-z0-9_.,:@+/=-]*")
 """What Slurm's own names and a list of them are made of: nothing in it means anything to a shell."""
@@ -51,6 +53,10 @@ class Cluster:
     time_limit: str = ""
     """Longest time a job may ask for, and what it asks for without --time; empty: the partition's own."""
     gpus_per_node: int = 0
+    gpu: str = ""
+    """What `grn-scale plan` takes the GPUs for: a name of configs/hardware/, such as H100. Slurm is not told."""
+    price_per_gpu_hour: float = 0.0
+    """What an hour of one GPU costs, in any currency, for `grn-scale plan`; 0: not known."""
     processes_per_node: int = 0
     """Of nodes without GPUs; else there is one for each GPU."""
     gpu_option: str = "gpus-per-node"
@@ -61,6 +67,12 @@ class Cluster:
     """--mem of a node, such as 0 (all of it) or 900G; empty: not asked for."""
     exclusive: bool = False
     constraint: str = ""
+    gres_type: str = ""
+    """Slurm's name of the kind of GPU, such as a100, where a site asks for it; empty: any."""
+    sbatch_options: tuple[str, ...] = ()
+    """Further options of each job: reservation=NAME, exclude=NODES, mail-type=END, ..."""
+    srun_options: tuple[str, ...] = ()
+    """Further options of each srun: mpi=pmix, network=..."""
     signal_seconds: int = 300
     """How long before its end a job is told to save and stop."""
     requeue: bool = True
@@ -77,16 +89,21 @@ class Cluster:
 
     def __post_init__(self) -> None:
         require(bool(self.name), "name is empty: give the cluster one")
-        for key in ("partition", "account", "qos", "memory", "constraint"):
+        for key in ("partition", "account", "qos", "memory", "constraint", "gres_type"):
             value = getattr(self, key)
             require(_WORD.fullmatch(value) is not None,
                     f"{key} is {value!r}, but Slurm's names have letters, digits and _ . , : @ + / = - only")
         require(not self.time_limit or TIME.fullmatch(self.time_limit) is not None,
                 f"time_limit is {self.time_limit!r}, but must be like 90 (minutes), 12:00:00 or 2-00:00:00")
+        for key in ("sbatch_options", "srun_options"):
+            for option in getattr(self, key):
+                require(OPTION.fullmatch(option) is not None, f"{key} holds {option!r}, but must hold {OPTION_FORM}")
         require_choice("gpu_option", self.gpu_option, ("gpus-per-node", "gres", "none"))
         for key in ("gpus_per_node", "processes_per_node", "cpus_per_process"):
             require(getattr(self, key) >= 0, f"{key} is {getattr(self, key)}, but must not be negative")
         require(self.minimum_bandwidth >= 0, "minimum_bandwidth must not be negative")
+        require(self.price_per_gpu_hour >= 0,
+                f"price_per_gpu_hour is {self.price_per_gpu_hour}, but must not be negative")
         require_positive("cluster", signal_seconds=self.signal_seconds)
         require(self.signal_seconds <= 65535, "signal_seconds is above 65535, which Slurm does not take")
         for name, value in self.environment.items():

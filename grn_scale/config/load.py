@@ -117,7 +117,9 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
     if kind is str and value is None:
         return ""
     if type(value) is not kind:
-        raise ConfigError(f"{name} is {value!r}, but must be {_KIND_NAMES.get(kind, kind.__name__)}")
+        # YAML takes 12:00:00 for a number, and yes for true
+        quotes = ": write it in quotes" if kind is str and isinstance(value, (int, float)) else ""
+        raise ConfigError(f"{name} is {value!r}, but must be {_KIND_NAMES.get(kind, kind.__name__)}{quotes}")
     return value
 
 

@@ -88,7 +88,8 @@ def convert_listed(path: Path, lines: list[Line]) -> dict[str, Any]:
     how many this process made. UserError naming each line that failed, once all others are done."""
     made, failed = 0, {}
     claims = path.absolute().with_name(f"{path.name}.claims")
-    (claims / "begun").mkdir(parents=True, exist_ok=True)
+    for folder in ("begun", "made"):  # a job's script counts what is in the second
+        (claims / folder).mkdir(parents=True, exist_ok=True)
     with Leases(LocalStorage(claims), LEASE_SECONDS) as leases:
         while left := [line for line in lines if line.number not in failed and not line.request.output.exists()]:
             begun = False
@@ -101,6 +102,7 @@ def convert_listed(path: Path, lines: list[Line]) -> dict[str, Any]:
                         log.info("%s:%d: %s", path, line.number, line.request.output)
                         with _noted(claims / "begun" / line.name, line.request.output):
                             convert(line.request)
+                        write_bytes(claims / "made" / line.name, b"")
                         made += 1
                 except UserError as error:
                     log.error("%s:%d: %s", path, line.number, error)

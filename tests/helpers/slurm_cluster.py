@@ -1,8 +1,9 @@
-"""A real Slurm cluster of two nodes on this machine, with a munge of its own, in a folder that goes with it.
+"""A real Slurm cluster on this machine: two nodes and a spare one, a munge of its own, a folder that goes with it.
 
 Each node has 8 CPUs, whatever the machine has, and 2 GPUs that are mere device files: Slurm hands them out
 (CUDA_VISIBLE_DEVICES), and nothing computes on them. The partition `main` is the default one (at most an hour, ten
-minutes unless a job asks for more); jobs in `urgent` preempt those in `main`, which are requeued.
+minutes unless a job asks for more); jobs in `urgent` preempt those of others, which are requeued; `wide` has the spare
+node, too.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
-NODES = ("node1", "node2")
+NODES = ("node1", "node2", "node3")
 GPUS, CPUS = 2, 8
 PACKAGES = {"slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "munged": "munge"}
 PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin"])
@@ -67,8 +68,9 @@ ReturnToService=2
 GresTypes=gpu
 NodeName=DEFAULT CPUs={cpus} RealMemory=4000 Gres=gpu:{gpus}
 {nodes}
-PartitionName=DEFAULT Nodes=ALL DefaultTime=10 MaxTime=60 State=UP
-PartitionName=main Default=YES PriorityTier=1 GraceTime=10
+PartitionName=DEFAULT Nodes=node1,node2 DefaultTime=10 MaxTime=60 State=UP PriorityTier=1 GraceTime=10
+PartitionName=main Default=YES
+PartitionName=wide Nodes=ALL
 PartitionName=urgent PriorityTier=2 PreemptMode=OFF
 """
 
@@ -91,7 +93,7 @@ def make_device(path: Path) -> None:
 
 
 class SlurmCluster:
-    """`with SlurmCluster() as cluster:` has it running with both nodes idle; jobs and daemons end with the block.
+    """`with SlurmCluster() as cluster:` has it running with all nodes idle; jobs and daemons end with the block.
 
     Neither the machine's own Slurm nor its munge is read, used or changed. Raises AssertionError with the ends of the
     daemons' logs where it does not come up within a minute.
@@ -157,7 +159,7 @@ class SlurmCluster:
         print(json.dumps({"arguments": arguments, "output": str(output)}), file=self._family.stdin, flush=True)
 
     def _node_states(self) -> list[str]:
-        done = self.run("sinfo", "--noheader", "--Node", "--partition=main", "--format=%T", expect=None)
+        done = self.run("sinfo", "--noheader", "--Node", "--partition=wide", "--format=%T", expect=None)
         return done.stdout.split()
 
     def _until(self, reached: Callable[[], bool], timeout: float, complaint: str) -> None:

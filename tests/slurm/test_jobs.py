@@ -1,4 +1,4 @@
-"""Jobs from submission to their last requeue, on a real Slurm of two nodes."""
+"""Jobs from submission to their last requeue, on a real Slurm of two nodes and a spare one."""
 
 from __future__ import annotations
 
@@ -131,6 +131,26 @@ def test_a_job_that_crashes_at_once_is_stopped_after_a_few_starts(slurm: Slurm, 
     assert cluster.wait(job, timeout=PATIENCE_SECONDS) == "FAILED"
     assert ends(run) == [(1, "requeue"), (1, "requeue"), (78, "stop")]
     assert "2 starts in a row" in slurm("status", run).stdout
+
+
+def test_a_job_leaves_a_bad_node_out_and_comes_back_when_it_is_preempted(slurm: Slurm, dataset: Path,
+                                                                         tmp_path: Path) -> None:
+    broken, run, cluster = tmp_path / "broken", tmp_path / "run", slurm.cluster
+    broken.mkdir()
+    (broken / "sitecustomize.py").write_text("import os\nif os.environ.get('SLURMD_NODENAME') == 'node2':\n"
+                                             "    os.environ['TMPDIR'] = '/lost'\n")
+    slurm.site.write_text(SITE.replace("main", "wide") + f"environment:\n  PYTHONPATH: {broken}\n")
+    job = slurm("train", *train_arguments(dataset, run, "train.steps=30", "train.checkpoint_every=10", *LAYOUT)[1:],
+                "--nodes", 2, "--exclude-failed-nodes", "--torchrun", "--submit").stdout.strip()
+    until(lambda: (run / "metrics.jsonl").exists() and len(losses(run)) > 3, "at work", run)
+    starts = read_starts(newest(run).folder)
+    assert [start.nodes for start in starts] == ["node[1-2]", "node[1,3]"] and ends(run) == [(1, "requeue")]
+    assert "node[1,3]" in slurm("status", run).stdout
+    urgent = cluster.submit("sleep 5", "--partition=urgent", "--nodelist=node1", "--exclusive", "--output=/dev/null")
+    assert cluster.wait(urgent, timeout=PATIENCE_SECONDS) == "COMPLETED"
+    assert cluster.wait(job, timeout=PATIENCE_SECONDS) == "COMPLETED", logs(run)
+    assert ends(run) == [(1, "requeue"), (75, "requeue"), (0, "done")] and len(losses(run)) == 30
+    assert "node2" not in "".join(start.nodes for start in read_starts(newest(run).folder)[1:])
 
 
 def test_an_array_makes_the_same_dataset_though_tasks_are_killed(slurm: Slurm, dataset: Path, tmp_path: Path) -> None:

@@ -118,6 +118,7 @@ def test_what_all_processes_refuse_alike_is_said_once_a_node(monkeypatch, capsys
     def program(argv):
         raise ConfigError("a")
 
+    monkeypatch.setattr("grn_scale.command_line.SAY_SECONDS", 0.0)
     for local_rank, said in (("0", "[rank 8] error: a\n"), ("1", "")):
         monkeypatch.setenv("RANK", "8")
         monkeypatch.setenv("LOCAL_RANK", local_rank)

@@ -113,7 +113,7 @@ def test_status_without_slurm_tells_what_the_files_tell(slurm, job, capsys):
 
 @pytest.mark.parametrize("code, decision, said, state", [
     (0, "done", [], "finished"), (1, "requeue", [PENDING], "PENDING"), (1, "requeue", [], "died"),
-    (75, "cancelled", [], "cancelled"), (75, "next", [], "ended"),
+    (75, "cancelled", [], "cancelled"), (75, "next", [], "ended"), (75, "left", [], "ended"),
 ])
 def test_status_behind_an_end(slurm, job, capsys, code, decision, said, state):
     slurm.says(*said)

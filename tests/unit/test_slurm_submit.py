@@ -56,6 +56,18 @@ def test_sizes_and_folders_follow_from_site_and_command(here: Path) -> None:
     assert made.command[:3] == ("convert", "--input", "a b.pth")
 
 
+def test_what_a_site_or_a_user_adds_goes_to_slurm(here: Path) -> None:
+    (here / "bare.yaml").write_text(SITE["bare"] + "gres_type: a100\nsbatch_options: [mail-type=END, --exclude=n7]\n"
+                                    "srun_options: [mpi=pmix]\n", encoding="utf-8")
+    options, rest = submit._parser("tokenize").parse_known_args(
+        ["output=t", "--array", "100%8", "--sbatch", "reservation=my own", "--sbatch=--spread-job", "--print"])
+    script = batch_script(submit.job_of(read_request("tokenize", rest), Cluster.load("bare.yaml"), options))
+    for line in ("gpus-per-node=a100:4", "array=0-99%8", "mail-type=END", "exclude=n7", 'reservation="my own"',
+                 "spread-job"):
+        assert f"\n#SBATCH --{line}\n" in script
+    assert "srun --export=ALL --nodes=1 --ntasks=1 --ntasks-per-node=1 --mpi=pmix" in script
+
+
 def test_a_container_sees_every_folder_that_the_command_names(here: Path) -> None:
     for folder in ("tokens", "elsewhere/tokens", "runs"):
         (here / folder).mkdir(parents=True)
@@ -80,21 +92,28 @@ def test_a_container_sees_every_folder_that_the_command_names(here: Path) -> Non
     (["train"], "output is not set"),
     (["train", "output=a", "data.tokn_budget=3"], "did you mean data.token_budget"),
     (["train", "output=a", "--time", "soon"], "is no time limit"),
+    (["train", "output=a", "--partiton", "main"], "the job has --partition"),
+    (["tokenize", "output=a", "--array", "8%0"], "no whole number above 0"),
+    (["train", "output=a", "--sbatch", "reservation name"], "none of the long options"),
+    (["train", "output=a", "--sbatch", "nodes=4"], "give --nodes"),
+    (["train", "output=a", "--sbatch=--mem=4G"], "give memory in the cluster file"),
     (["train", "output=a", "--nodes", "0"], "no whole number above 0"),
     (["train", "output=a", "--time", "3"], "leaves no time to train"),
     (["train", "output=runs/lr:1"], "a path with a colon"),
     (["evaluate", "--held-out", "output=a", "--nodes", "2"], "this is one process"),
 ])
 def test_contradictions_are_refused(arguments: list[str], words: str) -> None:
+    Path("site.yaml").write_text(SITE["bare"], encoding="utf-8")
     with pytest.raises(ConfigError, match=words):
-        job(*arguments)
+        submit.main(arguments[0], [*arguments[1:], "--cluster", "site.yaml", "--print"])
 
 
 @pytest.mark.parametrize("text,words", [
     ("gpus_per_nodes: 8\n", "did you mean gpus_per_node"), ("partition: a; rm -rf\n", "partition is 'a; rm -rf'"),
     ("container:\n  runtime: docker\n", "container.runtime is 'docker'"),
     ("container:\n  runtime: pyxis\n", "container.image is empty"),
-    ("time_limit: soon\n", "time_limit is 'soon'"), ("environment: [a]\n", "must hold names and values"),
+    ("time_limit: soon\n", "time_limit is 'soon'"), ("time_limit: 12:00:00\n", "must be text: write it in quotes"),
+    ("srun_options: [-x]\n", "srun_options holds '-x'"), ("environment: [a]\n", "must hold names and values"),
     ("environment:\n  A B: c\n", "is no name of a variable"), ("environment:\n  A: 1\n", "environment.A is 1"),
     ("gpu_option: magic\n", "gpu_option is 'magic'"), ("signal_seconds: 0\n", "signal_seconds"),
 ])
