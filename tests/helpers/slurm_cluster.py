@@ -190,7 +190,7 @@ class SlurmCluster:
         return ",".join(sorted(set(self._ask(job, "%T"))))
 
     def wait(self, job: str, states: str | Collection[str] = ENDED, timeout: float = 60) -> str:
-        """Wait until the job, or each element of an array, is in one of `states`; returns the state then.
+        """Wait until the job, or each element of an array, is in one of `states`, and `hurry`; returns the state then.
 
         AssertionError with what Slurm knows of the job and the daemons' logs after `timeout` seconds.
         """
@@ -201,21 +201,16 @@ class SlurmCluster:
                 shown = self.run("scontrol", "show", "job", job, expect=None)
                 raise AssertionError(f"job {job} is {state} after {timeout:g} s, not {' or '.join(sorted(wanted))}\n"
                                      f"{shown.stdout}{shown.stderr}\n{self.log()}")
+            self.hurry()
             time.sleep(0.1)
         return state
 
-    def release(self, job: str, timeout: float = 30) -> None:
-        """Start a requeued job as soon as there is room, and not when its last credential has expired.
-
-        Waits for the job to be held so, or to run by itself: a job that is still ending would be held afterwards.
-        """
-        end = time.monotonic() + timeout
-        while (found := self._ask(job, "%T %r")) != ["PENDING BeginTime"]:
-            if found == ["RUNNING None"]:
-                return
-            assert time.monotonic() < end, f"job {job} is {found} after {timeout:g} s, not held\n{self.log()}"
-            time.sleep(0.1)
-        self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+    def hurry(self) -> None:
+        """Start requeued jobs as soon as there is room, and not when the credential of their last start has expired."""
+        held = self.run("squeue", "--noheader", "--array", "--states=PENDING", "--format=%i %r").stdout.splitlines()
+        for job, reason in (line.split(maxsplit=1) for line in held):
+            if reason == "BeginTime":
+                self.run("scontrol", "update", f"JobId={job}", "StartTime=now", expect=None)  # it may have begun
 
     def _ask(self, job: str, what: str) -> list[str]:
         """What squeue says of a job, in its format; of an array a line for each element."""

@@ -85,9 +85,8 @@ def test_a_job_requeues_itself_and_knows_that_it_was_restarted(cluster, tmp_path
         "--open-mode=append", f"--output={tmp_path}/out")
     wait_for(tmp_path / "out", "restart 0")
     cluster.wait(job, "PENDING")
-    cluster.release(job)
-    wait_for(tmp_path / "out", "restart 0", "restart 1")
     assert cluster.wait(job) == "COMPLETED"
+    wait_for(tmp_path / "out", "restart 0", "restart 1")
 
 
 def test_killed_ranks_of_a_node_leave_the_batch_shell_to_see_it(cluster, tmp_path):
