@@ -7,10 +7,13 @@ operations (numpy's for plans, torch's for noise), so that every machine and any
 from __future__ import annotations
 
 import statistics
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 import xxhash
+
+if TYPE_CHECKING:
+    import torch
 
 MASK = 0xFFFFFFFF
 
