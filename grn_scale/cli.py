@@ -38,9 +38,9 @@ COMMANDS = (
             "grn-scale index plan --dataset tokens/ --config configs/runs/demo.yaml"),
     Command("verify", "grn_scale.data_pipeline.verify", "check every payload of a dataset against its checksums",
             "grn-scale verify tokens/"),
-    Command("plan", "grn_scale.tools.plan", "try a layout without its processes: parameters and memory of each rank",
-            "grn-scale plan validate --config configs/runs/demo.yaml --world-size 8 parallel.tensor=2 "
-            "parallel.pipeline=2"),
+    Command("plan", "grn_scale.tools.plan", "say what a run will need and how fast it will be, and search its layout",
+            "grn-scale plan --config configs/runs/grn_8b.yaml --cluster configs/clusters/bare_h100.yaml --nodes 32 "
+            "--search"),
     Command("train", "grn_scale.pretrain.train", "pretrain on token shards (alone, or under torchrun)",
             "grn-scale train --config configs/runs/demo.yaml data.dataset=tokens/ output=runs/first"),
     Command("slurm", "grn_scale.slurm.command", "submit jobs to a Slurm cluster, and look after them",

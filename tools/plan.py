@@ -1,86 +1,135 @@
-"""grn-scale plan: what a layout needs, before anything is reserved for it.
+"""grn-scale plan: what a run needs and how fast it will be, before anything is reserved for it.
 
-    grn-scale plan validate --config configs/runs/demo.yaml --world-size 8 parallel.tensor=2 parallel.pipeline=2
+    grn-scale plan --config configs/runs/grn_8b.yaml --cluster configs/clusters/bare_h100.yaml --nodes 32 --search
+    grn-scale plan validate --cases FILE    # the model behind it against published runs
+    grn-scale plan simulate --help          # stragglers, packs of different length, failures
 """
 
 from __future__ import annotations
 
-import dataclasses
+import importlib
 import json
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from grn_scale.command_line import CommandParser, choose, run
+from grn_scale.command_line import CommandParser, nearest, run
+from grn_scale.config.check import check_layout
 from grn_scale.config.class_schema import SCHEMAS
+from grn_scale.config.cluster import Cluster
+from grn_scale.config.schema import Config, ModelConfig
 from grn_scale.errors import EXIT_FAILED, ConfigError
-from grn_scale.parallel.dry_run import CATEGORIES, DryRun, check_dry_run, dry_run
+from grn_scale.planning.grn_machine import Machine, find_machine
+from grn_scale.tools.plan_document import document, show
+from grn_scale.tools.plan_search import ranked, search_document, show_search
 
-PLAIN_WIDTH = 120
-"""Columns of the table where stdout is no terminal."""
+if TYPE_CHECKING:
+    from argparse import Namespace
 
-
-def document(result: DryRun, seconds: float) -> dict[str, Any]:
-    """The result as plain values, without the tensors of each class."""
-    classes = [{name: value for name, value in dataclasses.asdict(each).items() if name != "tensors"}
-               for each in result.classes]
-    return {"classes": classes, "parameters": result.parameters, "differences": list(result.differences),
-            "seconds": seconds}
+ACTIONS = {"validate": "grn_scale.tools.plan_validate", "simulate": "grn_scale.tools.plan_simulate"}
+"""Subcommand -> the module whose `main` it is."""
 
 
-def show(result: DryRun, seconds: float) -> None:
-    """Print the result as a table, one row for each class of ranks."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
-    table = Table("stage", "ranks", "parameters", *CATEGORIES, "seconds", box=box.SIMPLE, collapse_padding=True,
-                  title="pipeline stages: how many ranks are alike, and what one of them holds (GB)", pad_edge=False,
-                  title_justify="left")
-    for column in table.columns:
-        column.justify = "right"
-    for each in result.classes:
-        table.add_row(str(each.stage), str(each.ranks), f"{each.parameters:,}", *(
-            f"{each.bytes[name] / 1e9:.3f}" for name in CATEGORIES), f"{each.seconds:.1f}")
-    console.print(table)
-    console.print(*(f"  {name}: {meaning}" for name, meaning in CATEGORIES.items()), sep="\n", soft_wrap=True)
-    console.print(f"{result.parameters:,} parameters ({result.parameters / 1e9:.3f} B) in all, copies counted once; "
-                  f"{seconds:.0f} s", soft_wrap=True)
-    for difference in result.differences:
-        console.print(f"differs from the model: {difference}", soft_wrap=True, markup=False)
+def command_parser() -> CommandParser:
+    parser = CommandParser(
+        "plan", "Say what each rank of a run will hold, whether that fits its GPU, how fast a step will be and what it "
+        "costs; on a login node, without torch.\n\nplan validate compares the model behind it with published runs, "
+        "plan simulate replays stragglers and failures; each has --help.",
+        "grn-scale plan --config configs/runs/grn_8b.yaml --cluster configs/clusters/bare_h100.yaml --nodes 32",
+        schema=SCHEMAS, json=True)
+    parser.add_argument("--cluster", metavar="FILE", help="facts of the site: its GPUs, and how many a node has")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes of the job (default: 1)")
+    parser.add_argument("--gpus-per-node", type=int, metavar="G", help="in place of the cluster file's")
+    parser.add_argument("--gpu", metavar="NAME", help="in place of the cluster file's: H100, A100, ...")
+    parser.add_argument("--tokens", type=float, metavar="T", help="say how long training on so many tokens takes")
+    parser.add_argument("--price", type=float, metavar="P", help="of a GPU for an hour, in place of the cluster file's")
+    parser.add_argument("--search", action="store_true", help="rank the legal layouts that fit by throughput")
+    parser.add_argument("--exact", action="store_true", help="compare memory with a dry run of every kind of rank "
+                        "(needs torch, megatron-core and deepspeed; seconds for each pipeline stage)")
+    return parser
 
 
-def validate(argv: list[str]) -> int:
-    """Exit code of `grn-scale plan validate argv...`; 1 where the stages do not hold exactly the model."""
+def machine_of(config: Config, options: Namespace) -> Machine:
+    """The machine that the options name; ConfigError, with what to give, where they do not."""
+    cluster = Cluster.load(options.cluster) if options.cluster else None
+    for name, value in (("--nodes", options.nodes), ("--gpus-per-node", options.gpus_per_node),
+                        ("--tokens", options.tokens), ("--price", options.price)):
+        least = 0 if name == "--price" else 1
+        if value is not None and not value >= least:
+            raise ConfigError(f"{name} is {value}, but must be at least {least}")
+    gpu = options.gpu or (cluster.gpu if cluster else "")
+    per_node = options.gpus_per_node or (cluster.gpus_per_node if cluster else 0)
+    if not gpu:
+        raise ConfigError("which GPU? " + (f"{options.cluster} has no `gpu:`: write it there, such as gpu: H100, or "
+                                           "give --gpu H100" if cluster else
+                                           "Give --cluster FILE, or --gpu H100 and --gpus-per-node 8"))
+    if not per_node:
+        known = f"{options.cluster} has gpus_per_node: 0; " if cluster else ""
+        raise ConfigError(f"how many GPUs has a node? {known}give --gpus-per-node 8")
+    return find_machine(config, gpu, options.nodes, per_node)
+
+
+def check_plan(config: Any, world_size: int) -> Config:
+    """The configuration, if it is one of a text/video model with a legal layout; ConfigError otherwise."""
+    if not isinstance(config.model, ModelConfig):
+        raise ConfigError("the model is a class-to-image model, which every process holds whole: there is no layout to "
+                          "plan; name a text/video model, e.g. model=configs/model/grn_2b.yaml")
+    check_layout(config, world_size)
+    return config
+
+
+def plan(argv: list[str]) -> int:
+    """Exit code of `grn-scale plan argv...`: 1 where the layout, or with --search every layout, does not fit."""
+    config, options = command_parser().parse_command(argv)
+    machine = machine_of(config, options)
+    if options.exact:
+        from grn_scale.parallel.dry_run import check_dry_run
+
+        check_dry_run(config, machine.gpus)
+    if options.search:
+        begin = time.perf_counter()
+        found = ranked(config, machine)
+        price = _price(options)
+        result = search_document(config, machine, found, options.tokens, price, time.perf_counter() - begin)
+        print(json.dumps(result)) if options.json else show_search(result)
+        return 0 if result["layouts"] else EXIT_FAILED
+    config = check_plan(config, machine.gpus)
+    result = document(config, machine, options.tokens, _price(options))
+    if options.exact:
+        result["exact"] = _exact(config, machine)
+    print(json.dumps(result)) if options.json else show(result)
+    whole = not result.get("exact", {}).get("differences")
+    return 0 if result["verdict"]["fits"] and whole else EXIT_FAILED
+
+
+def _price(options: Namespace) -> float | None:
+    if options.price is not None:
+        return options.price
+    return (Cluster.load(options.cluster).price_per_gpu_hour or None) if options.cluster else None
+
+
+def _exact(config: Config, machine: Machine) -> dict[str, Any]:
+    """The dry run of every stage, and what the planner says of the same operations, as plain values."""
     from rich.console import Console
     from rich.progress import Progress
 
-    parser = CommandParser(
-        "plan validate", "Try a layout without its processes: build, shard and step one rank of each pipeline stage on "
-        "tensors without storage, and say what it holds.",
-        "grn-scale plan validate --world-size 1024 model=configs/model/grn_8b.yaml parallel.tensor=8 "
-        "parallel.pipeline=4 data.token_budget=16384 data.packs_per_step=128", schema=SCHEMAS, json=True)
-    parser.add_argument("--world-size", type=int, default=1, metavar="N", help="processes of the run (default: 1)")
-    config, options = parser.parse_command(argv)
-    if options.world_size < 1:
-        raise ConfigError(f"--world-size is {options.world_size}, but must be at least 1")
-    check_dry_run(config, options.world_size)
+    from grn_scale.tools.plan_exact import compare, exact_document
+
     begin = time.perf_counter()
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("pipeline stages", total=config.parallel.pipeline)
-        result = dry_run(config, options.world_size, lambda: progress.advance(task))
-    seconds = time.perf_counter() - begin
-    if options.json:
-        print(json.dumps(document(result, seconds)))
-    else:
-        show(result, seconds)
-    return EXIT_FAILED if result.differences else 0
+        tried, planned = compare(config, machine.gpus, lambda: progress.advance(task))
+    return exact_document(tried, planned, time.perf_counter() - begin)
 
 
 def main(argv: list[str]) -> int:
-    """Exit code of the action that argv[0] names."""
-    return choose("plan", argv, {"validate": validate}, __doc__)
+    """Exit code of `grn-scale plan argv...`."""
+    if argv and argv[0] in ACTIONS:
+        return importlib.import_module(ACTIONS[argv[0]]).main(argv[1:])
+    if argv and argv[0].isalpha():
+        raise ConfigError(f"grn-scale plan {argv[0]}: {nearest(argv[0], ACTIONS)} Without one, give options: grn-scale "
+                          "plan --help")
+    return plan(argv)
 
 
 if __name__ == "__main__":

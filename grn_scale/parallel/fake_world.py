@@ -59,6 +59,9 @@ class _Scalars(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
+            # what was made of a Python number is still known
+            if (known := getattr(args[0], "constant", None)) is not None:
+                return known.item()
             dtype = args[0].dtype
             return False if dtype == torch.bool else 1.0 if dtype.is_floating_point else 0
         return func(*args, **(kwargs or {}))

@@ -30,7 +30,8 @@ class MemoryMeter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
+            # a tensor on "meta" has a size and never any memory
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
                 self._see(tensor.untyped_storage())
         self.peak = max(self.peak, self.live)
         return out

@@ -18,6 +18,7 @@ FOUNDATION = {"errors", "atomic", "storage", "leases", "keyed", "batch", "hbq", 
 ARROWS = {
     "config": set(),
     "perf": set(),
+    "planning": {"perf"},
     "model": set(),
     "tokenizer": set(),
     "checkpoint": set(),
@@ -34,6 +35,7 @@ ARROWS = {
 LAZY_ARROWS = {
     "model": {"checkpoint"},
     "tokenizer": {"checkpoint"},
+    "planning": {"command_line"},
     "perf": {"checkpoint", "command_line", "data", "demo", "model", "parallel", "tokenizer"},
 }
 """What a folder may import inside a function only."""
@@ -139,7 +141,8 @@ def test_configuration_and_errors_need_the_standard_library_and_yaml_only():
 
 def test_command_line_configuration_and_models_of_cost_import_without_torch():
     modules = ["grn_scale.cli", "grn_scale.command_line", "grn_scale.doctor", "grn_scale.parallel.dims",
-               *(module_name(path).removesuffix(".__init__") for path in sources("grn_scale/config", "grn_scale/perf"))]
+               *(module_name(path).removesuffix(".__init__") for path in sources(
+                   "grn_scale/config", "grn_scale/perf", "grn_scale/planning"))]
     code = "import sys, importlib; sys.modules['torch'] = None\n" + "".join(
         f"importlib.import_module({module!r})\n" for module in modules)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -22,7 +22,10 @@ from grn_scale.parallel import dry_run
 from grn_scale.parallel.dry_run import check_dry_run
 from grn_scale.parallel.fake_world import fake_environment, fake_tensors
 from grn_scale.parallel.memory_meter import MemoryMeter, storage_bytes
-from grn_scale.tools.plan import document, show
+from grn_scale.planning.grn_activations import KernelForms
+from grn_scale.planning.grn_memory import step_memory
+from grn_scale.tools.plan_document import console, show_exact
+from grn_scale.tools.plan_exact import TOLERANCE, exact_document
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ("model.hidden_size=64", "model.num_layers=4", "model.num_heads=4", "model.ffn_hidden_size=128",
@@ -88,15 +91,18 @@ def test_a_tensor_that_no_stage_holds_and_one_held_twice_are_named(tried):
                            "text_proj.bias: the stages hold 128 elements, the model has 64")
 
 
-def test_the_result_is_shown_as_a_table_and_as_json(tried, capsys):
-    result = dataclasses.replace(tried[1], differences=("x: the stages hold 1 elements, the model has 2",))
-    show(result, 3.0)
-    text = capsys.readouterr().out
-    assert f"{result.parameters:,} parameters" in text and f"{result.classes[1].parameters:,}" in text
-    assert "differs from the model: x" in text and "…" not in text
-    values = json.loads(json.dumps(document(result, 3.0)))
-    assert values["classes"][1]["bytes"]["weights"] == result.classes[1].bytes["weights"]
+def test_the_result_stands_beside_the_plan_as_a_table_and_as_json(tried, capsys):
+    config, result = tried
+    result = dataclasses.replace(result, differences=("x: the stages hold 1 elements, the model has 2",))
+    planned = step_memory(config, 8, KernelForms.of_dry_run(), result.classes[0].micro_batches)
+    values = json.loads(json.dumps(exact_document(result, planned, 3.0)))
+    assert values["classes"][1]["tried"]["weights"] == result.classes[1].bytes["weights"]
     assert values["parameters"] == result.parameters and "tensors" not in values["classes"][0]
+    assert all(abs(each["errors"]["peak"]) < TOLERANCE for each in values["classes"])
+    show_exact(console(), values)
+    text = capsys.readouterr().out
+    assert f"{result.parameters:,} parameters" in text and f"{result.classes[1].bytes['peak'] / 1e9:.3f}" in text
+    assert "differs from the model: x" in text and "…" not in text
 
 
 def test_a_rank_that_fails_is_reported(monkeypatch):
@@ -115,11 +121,13 @@ def test_layouts_that_cannot_be_tried_are_refused(settings, words):
 
 
 def test_the_command_ends_with_2_where_the_layout_is_illegal(capsys):
-    assert main(["plan", "validate", "--world-size", "6", *OF_8]) == 2
+    exact = ["plan", "--exact", "--gpu", "H100", "--gpus-per-node"]
+    assert main([*exact, "6", *OF_8]) == 2
     assert "the job has 6 processes" in capsys.readouterr().err
-    assert main(["plan", "validate", "--world-size", "0", *OF_8]) == 2
-    assert main(["plan", "validate", "--config", "configs/runs/class_b.yaml"]) == 2
+    assert main([*exact, "8", "--config", "configs/runs/class_b.yaml"]) == 2
     assert "class-to-image model" in capsys.readouterr().err
+    assert main([*exact, "8", "zero.stage=3", *TINY]) == 2
+    assert "zero.stage is 3" in capsys.readouterr().err
 
 
 def test_meter_counts_storages_until_they_are_freed_and_views_not_at_all():

@@ -1,0 +1,101 @@
+"""The layouts that agree with what a published run states about its own."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+from grn_scale.planning import case_text
+from grn_scale.planning.layout import Layout, Software
+from grn_scale.planning.memory import loss_bytes
+from grn_scale.planning.shape import Shape
+
+MICRO_BATCHES = (1, 2, 4, 8)
+SHARES = (0.25, 0.5, 0.75)
+"""Of the layers, how many recompute where it is not stated, beside none and all, with programs that let one choose."""
+LONG_SEQUENCE = 16384
+"""Tokens from which context parallelism is considered, and micro-batches of one sequence, where it is not stated."""
+ONE_SEQUENCE = 262144
+"""Tokens from which all GPUs are taken to share each sequence, where neither that nor the batch is stated."""
+LARGE_LOSS = 0.8
+"""Of a GPU's memory: a loss that would take more is taken for computed piece by piece."""
+BATCH_TOKENS = 4e6
+"""Of a step with a pipeline, where the batch is not stated: GPT-3's 3.2 and Llama 2's 4 million."""
+CHUNK_LAYERS = 2
+"""Layers of a chunk where interleaving is not stated: MegaScale (arXiv 2402.15627) and Megatron-Bridge's recipes."""
+
+
+def _divisors(number: int, most: int) -> list[int]:
+    return [each for each in range(1, min(number, most) + 1) if number % each == 0]
+
+
+def layouts(case: Mapping[str, Any], shape: Shape, chosen: Software, text: str,
+            most: float) -> Iterator[Layout]:
+    """All layouts that agree with what the case states."""
+    gpus = case["n_gpus"]
+    offload = "offload" in text
+    ulysses = bool(case.get("ulysses")) or "ulysses" in text
+    sharding = str(case.get("sharding") or "").lower()
+    fsdp = "fsdp" in sharding
+    zero = case.get("zero_stage")
+    if zero is None:
+        zero = 3 if fsdp and "zero-1" not in sharding else 0 if chosen.attention == "unfused" else 1
+    stated = case_text.recompute(case.get("recompute"))
+    kinds = [stated] if stated else [("none", 1.0), ("full", 1.0)] + [("full", share) for share in SHARES if not fsdp]
+    for tp, pp, cp in _splits(case, shape, gpus, zero == 3):
+        dp = max(1, gpus // (tp * pp * cp))
+        vpp = case.get("vpp") or _chunks(shape, pp, zero == 3, text)
+        sp = bool(tp > 1 and chosen.attention != "unfused") if case.get("sp") is None else bool(case["sp"])
+        for micro, batch in _batches(case, dp, pp, zero == 3, shape.sequence):
+            for kind, share in kinds:
+                layout = Layout(tp, sp, pp, vpp, cp, ulysses, dp, zero, fsdp, kind, share, micro, batch,
+                                offload_optimizer=bool(re.search("optimizer (states )?offload", text))
+                                or (offload and "deepspeed" in text),
+                                offload_weights="weights + optimizer offload" in text,
+                                offload_activations="activation offload" in text
+                                or (kind == "full" and "offload of checkpoints" in text))
+                yield replace(layout, tiled="all features" in text or loss_bytes(shape, layout) > LARGE_LOSS * most)
+
+
+def _splits(case: Mapping[str, Any], shape: Shape, gpus: int, sharded: bool) -> Iterator[tuple[int, int, int]]:
+    degree = case.get("ulysses")  # a number; true says that it is used, not how far
+    context = degree if degree and not isinstance(degree, bool) else case.get("cp")
+    # Full sharding stands in for tensor and pipeline parallelism: beside it they are stated, or dp leaves room.
+    sharded = sharded and case.get("dp") in (None, gpus // (context or 1))
+    tps = [case["tp"]] if case.get("tp") else [1] if sharded else [
+        each for each in (1, 2, 4, 8) if shape.heads % each == 0]
+    pps = [case["pp"]] if case.get("pp") else [1] if sharded else _divisors(shape.layers, 64)
+    cps = [context] if context else _divisors(gpus, 64) if shape.sequence >= LONG_SEQUENCE else [1]
+    whole = [(tp, pp, cp) for tp, pp, cp in product(tps, pps, cps) if gpus % (tp * pp * cp) == 0]
+    if not context and case.get("global_batch") is None and shape.sequence >= ONE_SEQUENCE:
+        whole = [split for split in whole if math.prod(split) == max(map(math.prod, whole))]
+    if case.get("dp"):
+        exact = [split for split in whole if math.prod(split) * case["dp"] == gpus]
+        whole = exact or whole
+    yield from whole or [(tps[0], pps[0], cps[0])]
+
+
+def _chunks(shape: Shape, pp: int, gathered: bool, text: str) -> int:
+    """Chunks of a stage: 1 with programs that do not interleave by themselves (PyTorch's, DeepSpeed's)."""
+    if pp == 1:
+        return 1
+    if gathered or re.search("deepspeed(?! integrated)", text):
+        return 2 if "interleaved" in text else 1
+    return max(1, math.ceil(math.ceil(shape.layers / pp) / CHUNK_LAYERS))
+
+
+def _batches(case: Mapping[str, Any], dp: int, pp: int, gathered: bool,
+             sequence: int) -> Iterator[tuple[int, int]]:
+    """Pairs of micro-batch and global batch."""
+    micro, batch = case.get("micro_batch"), case.get("global_batch")
+    if micro is None and batch is not None and pp > 1 and gathered:
+        micro = max(1, batch // dp // pp)  # torchtitan cuts a rank's batch into as many as there are stages
+    tuned = [each for each in MICRO_BATCHES if batch is None or batch % (each * dp) == 0]
+    micros = [micro] if micro else tuned if sequence < LONG_SEQUENCE and tuned else [1]
+    for each in micros:
+        many = max(pp, round(BATCH_TOKENS / (sequence * each * dp))) if pp > 1 else 1
+        yield each, batch or each * dp * many

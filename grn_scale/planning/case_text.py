@@ -1,0 +1,97 @@
+"""What the words of a published case tell beside its numbers: hardware of its own, software, recomputation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from grn_scale.planning.hardware import Gpu
+from grn_scale.planning.layout import Software
+
+FLASH = (2023, 1)
+"""Runs published half a year after FlashAttention (arXiv 2205.14135) and sequence parallelism (arXiv 2205.05198), and
+later, may have had them: those before were made with older programs."""
+FLASH2 = (2023, 8)
+"""After FlashAttention-2 (arXiv 2307.08691)."""
+HOPPER_FLASH = (2024, 7)
+"""After FlashAttention-3 (arXiv 2407.08608) and cuDNN's kernels for Hopper."""
+HIDING = (2024, 3)
+"""Since Megatron-core 0.6, tensor and data parallel communication runs beside computation unless switched off."""
+
+
+def words(case: Mapping[str, Any]) -> str:
+    """All free text of a case, in small letters."""
+    return " ".join(str(case.get(field) or "") for field in ("source", "name", "notes", "sharding", "precision",
+                                                              "recompute")).lower()
+
+
+def published_in(case: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Year and month of the earliest arXiv number in the source's own title; None where it has none."""
+    numbers = re.findall(r"arxiv[: ](\d\d)(\d\d)\.\d{4,5}", str(case.get("source")).lower())
+    return min(((2000 + int(year), int(month)) for year, month in numbers), default=None)
+
+
+def own_hardware(gpu: Gpu, text: str) -> tuple[Gpu, float | None, list[str]]:
+    """The GPU with memory, bandwidth and power limit that the words state, the limit in watts, and what was read."""
+    said = []
+    if match := re.search(r"(\d+(?:\.\d+)?) ?tb/s", text):
+        gpu = replace(gpu, bandwidth=float(match[1]) * 1e12)
+        said.append(f"bandwidth {match[1]} TB/s")
+    if match := re.search(r"\b(\d{2,3}) ?gb hbm", text):
+        gpu = replace(gpu, memory_gib=float(match[1]))
+        said.append(f"memory {match[1]} GB")
+    watts = None
+    if match := re.search(r"(\d{3,4}) ?w power limit", text):
+        watts = float(match[1])
+        said.append(f"power limit {match[1]} W")
+    return gpu, watts, said
+
+
+def software(case: Mapping[str, Any], gpu: Gpu) -> tuple[Software, str]:
+    """The software that a case's words, precision and date let one assume, and why."""
+    text, date, precision = words(case), published_in(case), str(case.get("precision") or "").lower()
+    old = (date is not None and date < FLASH) or "no flash" in text or precision.startswith("fp16")
+    old = old and gpu.architecture == "ampere"
+    zero3, sharding = case.get("zero_stage") == 3, str(case.get("sharding") or "").lower()
+    if old:
+        return Software("unfused", overlap=False, fused=True, old_zero3=zero3, dropout=True,
+                        gradient_bytes=2), "of before 2023: no fused attention, communication exposed, dropout"
+    if gpu.architecture == "ampere":
+        kernel = "fa1" if "pre-fa3" in text or (date and date < FLASH2 and "flashattention-2" not in text) else "fa2"
+    elif gpu.architecture == "hopper":
+        torch_kernels = "fsdp" in sharding and "megatron" not in sharding and "te kernels" not in text
+        early = (date and date < HOPPER_FLASH) or "flashattention-2" in text or torch_kernels
+        kernel = "fa1" if "pre-fa3" in text else "fa2" if early else "cudnn"
+    else:
+        kernel = "cudnn" if gpu.architecture == "blackwell" else "fa2"
+    own = f"{case.get('name')} {case.get('notes')} {precision} {sharding}".lower()
+    torch = "fsdp2" in text and "te kernels" not in text
+    if torch:  # PyTorch hides tensor parallel communication with asynchronous tensor parallelism only
+        overlap = "async" in own
+    else:
+        overlap = "overlap" in text or date is None or date >= HIDING
+    eager = "fsdp" in text and not re.search("compile|asynctp|te kernels|fp8|megatron", own)
+    fp8 = "fp8" in precision or "fp4" in precision
+    chosen = Software(kernel, fp8, not eager, overlap, torch_ring=torch,
+                      encodes="videos/s" in str(case.get("value_origin")),
+                      gradient_bytes=2 if "deepspeed" in text or (fp8 and not zero3) else 4)
+    return chosen, (f"{kernel} attention, {'eager' if eager else 'fused'} elementwise kernels, communication "
+                    f"{'overlapped' if overlap else 'exposed'}")
+
+
+def recompute(text: str | None) -> tuple[str, float] | None:
+    """Kind and share of the layers that a case's `recompute` says; None where it says nothing."""
+    low = (text or "").lower()
+    if not low:
+        return None
+    if match := re.search(r"(\d+(?:\.\d+)?) ?%", low):
+        return "full", float(match[1]) / 100
+    if low.startswith(("none", "no ")):
+        return "none", 1.0
+    if "per-op" in low:
+        return "operators", 1.0
+    if "norm" in low:
+        return "none", 1.0
+    return ("selective" if low.startswith("selective") else "full"), 1.0

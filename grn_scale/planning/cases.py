@@ -1,0 +1,149 @@
+"""Published runs as cases of the planner: what they state, and what is assumed where they do not.
+
+Nothing is assumed in silence: each filled field is in `Case.assumed` with its value and reason. Settings that people
+tune (micro-batch, recomputation, and the split where it is not stated) are taken as the fastest that fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from grn_scale.errors import ConfigError
+from grn_scale.planning import case_text
+from grn_scale.planning.case_layouts import CHUNK_LAYERS, layouts
+from grn_scale.planning.hardware import Efficiencies, find_gpu
+from grn_scale.planning.layout import Layout, Software
+from grn_scale.planning.memory import GIB, memory
+from grn_scale.planning.shape import Shape, complete, gpt3_size
+from grn_scale.planning.step_time import Machine, step_time
+
+FILLS = 0.97
+"""Of a GPU's memory, what a chosen setting may take."""
+
+
+class NotJudged(Exception):
+    """A case that the model has no honest default for; the text says what is missing."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A published run, complete."""
+
+    name: str
+    shape: Shape
+    layout: Layout
+    software: Software
+    machine: Machine
+    assumed: Mapping[str, str]
+    """Field -> value and reason."""
+
+
+def complete_case(case: Mapping[str, Any], reached: Efficiencies) -> Case:
+    """The case with all it does not state filled in. Raises NotJudged where there is no honest default, ConfigError,
+    naming the case, where it cannot be (an unknown GPU)."""
+    assumed: dict[str, str] = {}
+    text = case_text.words(case)
+    machine = _machine(case, reached, text, assumed)
+    shape = _shape(case, text, assumed)
+    if case.get("n_gpus") is None:
+        raise NotJudged("number of GPUs not stated")
+    chosen, why = case_text.software(case, machine.gpu)
+    assumed["software"] = why
+    found = None
+    for layout in layouts(case, shape, chosen, text, machine.gpu.memory_gib * GIB):
+        held = memory(shape, layout, chosen).total
+        over = max(0.0, held / (FILLS * machine.gpu.memory_gib * GIB) - 1)
+        seconds = step_time(shape, layout, chosen, machine).total / layout.global_batch
+        if found is None or (over, seconds) < found[0]:
+            found = (over, seconds), layout
+    assert found is not None  # there is always one layout at least
+    (over, _), layout = found
+    _name_layout(case, layout, over, assumed)
+    return Case(case["name"], shape, layout, chosen, machine, assumed)
+
+
+def _machine(case: Mapping[str, Any], reached: Efficiencies, text: str, assumed: dict[str, str]) -> Machine:
+    name = case.get("gpu")
+    if name is None:
+        date = case_text.published_in(case)
+        name = "A100-80GB" if date is not None and date < (2023, 1) else "H100"
+        when = "before" if name == "A100-80GB" else "since"
+        assumed["gpu"] = f"{name}: not stated; the usual one {when} 2023"
+    try:
+        gpu = find_gpu(str(name))
+    except ConfigError as error:
+        raise ConfigError(f"case {case['name']}: {error}") from error
+    if case.get("gpu") is not None and gpu.name.upper() not in str(name).upper():
+        assumed["gpu"] = f"{gpu.name}: {name!r} does not say which model"
+    gpu, watts, said = case_text.own_hardware(gpu, text)
+    if said:
+        assumed["hardware"] = f"{', '.join(said)}: from the notes"
+    return Machine(gpu, reached, watts)
+
+
+def _shape(case: Mapping[str, Any], text: str, assumed: dict[str, str]) -> Shape:
+    parameters = case["params_b"] * 1e9 if case.get("params_b") else None
+    causal = case.get("causal")
+    if causal is None:
+        causal = True
+        assumed["causal"] = "true: not stated, as language models are"
+    layers, hidden = case.get("layers"), case.get("hidden")
+    if (layers is None or hidden is None) and causal and parameters and (size := gpt3_size(parameters)):
+        layers, hidden = size
+        assumed["layers, hidden"] = f"{layers}, {hidden}: the GPT-3 model of that size (arXiv 2005.14165, table 2.1)"
+    missing = [name for name, value in (("layers", layers), ("hidden", hidden), ("seq_len", case.get("seq_len")))
+               if value is None]
+    if missing:
+        raise NotJudged(f"{', '.join(missing)} not stated")
+    heads = case.get("heads")
+    if heads is None:
+        heads = max(1, round(hidden / 128))
+        assumed["heads"] = f"{heads}: heads of 128"
+    vocab = case.get("vocab")
+    if vocab is None:
+        vocab = 51200 if causal else 0
+        assumed["vocab"] = f"{vocab}: " + ("GPT-2's, padded, as Megatron takes it" if causal else
+                                           "no token embedding, as in diffusion transformers")
+    cross = "cross-attention" in text
+    known = frozenset(name for name in ("ffn", "kv_heads") if case.get(name) is not None)
+    shape = Shape(layers, hidden, heads, case.get("kv_heads") or heads, case.get("ffn") or 4 * hidden, False, vocab,
+                  False, causal, case["seq_len"], cross)
+    shape, reasons = complete(shape, parameters, known)
+    for name, reason in reasons.items():
+        value = getattr(shape, name)
+        assumed[name] = f"{value:.3g}: {reason}" if isinstance(value, float) else f"{value}: {reason}".lower()
+    return shape
+
+
+def _name_layout(case: Mapping[str, Any], layout: Layout, over: float, assumed: dict[str, str]) -> None:
+    """Enter what the layout has and the case does not state."""
+    tuned = "not stated: the fastest that fits"
+    if over:
+        tuned = f"not stated: what comes nearest to fitting ({over:.0%} too much)"
+    reasons = {"tp": tuned, "pp": tuned, "cp": tuned, "micro_batch": tuned, "recompute": tuned,
+               "vpp": f"not stated: chunks of {CHUNK_LAYERS} layers, or 1 where the software does not interleave",
+               "dp": "GPUs over the other degrees", "sp": "not stated: with tensor parallelism since 2023"}
+    if case.get("ulysses"):
+        reasons.pop("cp")
+    for name, reason in reasons.items():
+        if case.get(name) is None:
+            value = getattr(layout, name)
+            if name == "recompute" and layout.recompute_share < 1:
+                value = f"{value} in {layout.recompute_share:.0%} of the layers"
+            assumed[name] = f"{str(value).lower() if isinstance(value, bool) else value}: {reason}"
+    if layout.offload_optimizer:
+        assumed["offload"] = "optimizer states and gradients on the CPU: it speaks of offloading with DeepSpeed"
+    if layout.tiled:
+        assumed["tiled"] = "loss and MLP piece by piece: it says so, or the loss alone would fill the GPU"
+    if case.get("global_batch") is None:
+        assumed["global_batch"] = (f"{layout.global_batch}: not stated: {layout.micro_batches} micro-batches for each "
+                                   "data-parallel rank")
+    if case.get("zero_stage") is None:
+        assumed["zero_stage"] = (f"{layout.zero}: not stated: 3 with FSDP, a distributed optimizer (1) since 2023, "
+                                 "0 before")
+    if case.get("dp") not in (None, layout.dp):
+        assumed["dp"] = f"{layout.dp}: {case['dp']} does not go with {case['n_gpus']} GPUs"
+
+

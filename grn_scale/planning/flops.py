@@ -1,0 +1,71 @@
+"""FLOPs of a dense transformer's training step, as the hardware does them and as sources count them.
+
+A multiply and an add are two. Of each matrix product the backward pass makes two (Narayanan et al. 2021,
+arXiv 2104.04473, appendix; Korthikanti et al. 2022, arXiv 2205.05198, appendix A).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from grn_scale.planning.shape import Shape
+
+TEXT_TOKENS = 512
+"""Of the text that cross-attention meets, as video models have (Wan, arXiv 2503.20314, section 4.2.1)."""
+
+
+@dataclass(frozen=True)
+class Convention:
+    """How a source counts the FLOPs that it divides by the time."""
+
+    halved: bool = False
+    """Causal attention counts half."""
+    hardware: bool = False
+    """Recomputed layers count again."""
+    quadratic: bool = True
+    """Attention counts at all."""
+    embedding: bool = False
+    """All parameters count 6, those of the embedding too."""
+
+    def __str__(self) -> str:
+        parts = ["hardware FLOPs with the recomputed layers" if self.hardware else "model FLOPs",
+                 "6 for each parameter" if self.embedding else "6 for each weight of layers and head"]
+        parts.append("attention " + ("halved where causal" if self.halved else "whole") if self.quadratic
+                     else "no attention")
+        return ", ".join(parts)
+
+
+def read_convention(text: str | None) -> tuple[Convention, str | None]:
+    """The convention that a source's own words describe; and where they do not, the reason of the one assumed."""
+    if not text:
+        return Convention(halved=True), ("convention not stated: model FLOPs with causal attention halved, the count "
+                                         "that no kernel can exceed")
+    low = text.lower()
+    quadratic = "no visible quadratic" not in low
+    plain = re.sub(r"(un-?|not )halved", "", low)
+    return Convention(halved="halved" in plain, hardware="hardware" in low, quadratic=quadratic,
+                      embedding=bool(re.search(r"6\*s\*n|2\*n\*s|6n per", low))), None
+
+
+def attention_forward(shape: Shape) -> float:
+    """Of a sequence in one layer, un-halved: scores and weighted values, 4 s^2 h; and those of the text."""
+    cross = TEXT_TOKENS if shape.cross_attention else 0
+    return 4 * shape.sequence * shape.hidden * (shape.sequence + cross)
+
+
+def counted(shape: Shape, convention: Convention, recompute_share: float = 1.0) -> float:
+    """FLOPs of a sequence, forward and backward, as the source counts them.
+
+    recompute_share: of the layers, how many are computed again, for hardware FLOPs.
+    """
+    linear = shape.layers * shape.layer_weights
+    head = float(shape.embedding)
+    if convention.embedding:
+        linear, head = shape.parameters - shape.held_beyond, 0.0
+    layers = 6 * linear * shape.sequence
+    if convention.quadratic:
+        half = 0.5 if convention.halved and shape.causal else 1.0
+        layers += 3 * half * shape.layers * attention_forward(shape)
+    again = 1 + recompute_share / 3 if convention.hardware else 1.0
+    return layers * again + 6 * head * shape.sequence

@@ -1,0 +1,84 @@
+"""The GPUs that a run is planned for, as the few numbers that its memory and its step time need."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from grn_scale.config.schema import Config
+from grn_scale.planning.communication import Group, group
+from grn_scale.planning.hardware import Gpu, find_gpu, load_efficiencies
+
+GIB = 1 << 30
+MOST_IN_A_NODE = 16
+"""GPUs of one board at most; a larger NVLink domain spans nodes (NVL72)."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """`nodes` equal nodes. Rates are a second, and what is reached, not what the data sheet says."""
+
+    gpu: Gpu
+    nodes: int
+    gpus_per_node: int
+    matmul: float
+    """FLOP/s of large matrix products in bf16."""
+    attention: tuple[float, float]
+    """FLOP/s of fused bidirectional attention, forward and backward, with 2.5 times as many FLOPs backward."""
+    bandwidth: float
+    """Bytes of the GPU's memory that element-wise kernels read and write."""
+    elementwise: float
+    """Passes over activations, relative to those of fused kernels."""
+    leak: float
+    """Of the shorter of computation and communication that run beside each other, the share that adds to the time."""
+    waiting: float
+    """Share of a step that is added because the slowest of many nodes is waited for."""
+
+    @property
+    def gpus(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def memory(self) -> int:
+        """Bytes of a GPU."""
+        return int(self.gpu.memory_gib * GIB)
+
+    @property
+    def reach(self) -> int:
+        """Neighbouring ranks that NVLink joins: those of a node, or of a rack."""
+        return self.gpu.domain if self.gpu.domain > MOST_IN_A_NODE else self.gpus_per_node
+
+    def group(self, ranks: int, stride: int) -> Group:
+        """`ranks` ranks that are `stride` apart."""
+        return group(replace(self.gpu, domain=self.reach), load_efficiencies(), ranks, stride)
+
+    def assumed(self) -> list[str]:
+        """What the rates are, in words."""
+        sheet, reached = self.gpu, load_efficiencies()
+        return [f"{sheet.name} of {sheet.memory_gib:g} GiB, {sheet.bf16 / 1e12:g} TFLOP/s in bf16 (configs/hardware/): "
+                f"matrix products reach {self.matmul / sheet.bf16:.0%}, attention {self.attention[0] / sheet.bf16:.0%} "
+                f"forward and {self.attention[1] / sheet.bf16:.0%} backward (configs/planner/efficiencies.yaml)",
+                f"a GPU sends {sheet.nvlink * reached.nvlink / 1e9:.0f} GB/s to the {self.reach} of its node or rack "
+                f"and {sheet.nic * reached.nic / 1e9:.0f} GB/s to others; {self.waiting:.1%} of a step is added "
+                f"for {self.nodes} nodes that wait for each other"]
+
+
+def find_machine(config: Config, gpu: str, nodes: int, gpus_per_node: int) -> Machine:
+    """The machine of GPUs of that name, with the kernels of the configuration; ConfigError where nobody knows it."""
+    sheet, reached = find_gpu(gpu), load_efficiencies()
+    forward, backward = reached.attention[_attention(config.kernels.attention, sheet, tuple(reached.attention))]
+    eager = config.kernels.compile == "never"
+    return Machine(
+        sheet, nodes, gpus_per_node, matmul=sheet.bf16 * reached.matmul[f"{sheet.architecture}_bf16"],
+        attention=(sheet.bf16 * forward, sheet.bf16 * backward), bandwidth=sheet.bandwidth * reached.bandwidth,
+        elementwise=reached.elementwise_eager if eager else reached.elementwise_fused, leak=reached.leak,
+        waiting=reached.straggler * math.log2(nodes))
+
+
+def _attention(kernel: str, sheet: Gpu, known: tuple[str, ...]) -> str:
+    """Which efficiency a setting of kernels.attention has on a GPU: `varlen` and `sdpa` are FlashAttention-2 there, the
+    others its newest kernels."""
+    newest = f"{sheet.architecture}_cudnn"
+    older = f"{sheet.architecture}_fa2"
+    wanted = (older, newest) if kernel in ("varlen", "sdpa") else (newest, older)
+    return next(name for name in wanted if name in known)

@@ -1,0 +1,154 @@
+"""grn-scale plan: what it prints, what it refuses, and which layout it finds."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from grn_scale.cli import main
+from grn_scale.config.cluster import Cluster
+from grn_scale.config.load import load_config
+from grn_scale.errors import ConfigError
+from grn_scale.planning.grn_layouts import changed, legal_layouts
+from grn_scale.planning.grn_machine import find_machine
+from grn_scale.planning.grn_time import step_time
+from grn_scale.tools.plan_search import ranked
+
+RUN = ["--config", "configs/runs/grn_8b.yaml"]
+ON_32_NODES = ["plan", *RUN, "--cluster", "configs/clusters/bare_h100.yaml", "--nodes", "32"]
+
+
+def planned(capsys, *arguments: str, code: int = 0) -> dict:
+    assert main([*ON_32_NODES, *arguments, "--json"]) == code
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_shipped_run_of_the_8b_model_fits_and_adds_up(capsys):
+    result = planned(capsys, "--tokens", "1e12", "--price", "2")
+    assert result["verdict"]["fits"] and result["gpus"] == 256 and result["gpu"] == "H100"
+    (stage,), time = result["stages"], result["time"]
+    assert stage["parameters"] == 7_890_859_520
+    assert stage["phases"]["step"] == stage["bytes"]["peak"] + sum(stage["beside"].values())
+    assert time["step_seconds"] == pytest.approx(sum(time["parts"].values()))
+    assert time["tokens_per_second"] * time["step_seconds"] == pytest.approx(64 * 36864)
+    assert time["days"] == pytest.approx(1e12 / time["tokens_per_second"] / 86400)
+    assert time["cost"] == pytest.approx(1000 * time["cost_per_1e9_tokens"])
+    assert 0.2 < time["mfu"] <= time["hfu"] < 0.75
+
+
+def test_the_tables_name_stages_phases_and_assumptions(capsys):
+    assert main([*ON_32_NODES, "parallel.context=1", "parallel.tensor=8", "parallel.pipeline=2", "zero.stage=1"]) == 0
+    text = capsys.readouterr().out
+    for words in ("stage 0", "stage 1", "activations", "GPU, phase load", "host, phase save", "fits:", "bubble",
+                  "hidden behind computation", "tokens/s", "assumed:", "configs/planner/efficiencies.yaml"):
+        assert words in text, words
+
+
+def test_a_layout_that_does_not_fit_ends_with_1_and_names_the_nearest_that_do(capsys):
+    settings = ["parallel.context=1", "parallel.tensor=2", "data.packs_per_step=128"]
+    verdict = planned(capsys, *settings, code=1)["verdict"]
+    assert not verdict["fits"] and verdict["most_bytes"] > verdict["gpu_bytes"]
+    for near in verdict["nearest"]:
+        again = planned(capsys, *settings, *near["settings"])["verdict"]
+        assert again["fits"] and again["most_bytes"] == near["most_bytes"]
+    assert main([*ON_32_NODES, *settings]) == 1
+    assert "DOES NOT FIT" in (text := capsys.readouterr().out) and "would fit" in text
+
+
+def test_a_model_that_fits_nowhere_is_told_what_to_change(capsys):
+    alone = ["plan", *RUN, "--gpu", "L40S", "--gpus-per-node", "1", "parallel.context=1",
+             "data.token_budget=1048576"]
+    for more in ([], ["--search"]):
+        assert main([*alone, *more]) == 1
+        text = capsys.readouterr().out
+        assert "no layout fits" in text and "--nodes" in text and "data.token_budget" in text
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--nodes", "0"], "--nodes is 0, but must be at least 1"),
+    (["--gpu", "H1OO"], "unknown GPU"),
+    (["--gpus-per-node", "-1"], "--gpus-per-node is -1"),
+    (["--tokens", "nan"], "--tokens is nan"),
+    (["--price", "-2"], "--price is -2.0"),
+    (["parallel.tensor=3"], "parallel.tensor is 3"),
+    (["--search", "--config", "configs/runs/class_b.yaml"], "class-to-image"),
+    (["--config", "configs/runs/class_b.yaml"], "class-to-image")])
+def test_bad_input_is_refused_with_a_remedy(capsys, arguments, words):
+    assert main([*ON_32_NODES, *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_mistyped_action_is_told_the_right_one(capsys):
+    assert main(["plan", "simulat"]) == 2
+    assert "did you mean simulate?" in capsys.readouterr().err
+
+
+def test_the_machine_must_be_named(capsys):
+    assert main(["plan", *RUN]) == 2
+    assert "Give --cluster FILE, or --gpu H100" in capsys.readouterr().err
+    assert main(["plan", *RUN, "--gpu", "H100"]) == 2
+    assert "give --gpus-per-node 8" in capsys.readouterr().err
+    assert main(["plan", *RUN, "--cluster", "configs/clusters/apptainer_cpu.yaml"]) == 2
+    assert "has no `gpu:`" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="price_per_gpu_hour is -1"):
+        Cluster(name="x", price_per_gpu_hour=-1.0)
+
+
+def test_the_search_ranks_layouts_that_fit_and_explains_the_first(capsys):
+    result = planned(capsys, "--search")
+    times = [each["time"]["step_seconds"] for each in result["layouts"]]
+    assert times == sorted(times) and 0 < result["fitting"] < result["legal"]
+    assert all(each["most_bytes"] <= result["gpu_bytes"] for each in result["layouts"])
+    assert any(sentence.startswith("other degrees") for sentence in result["why"])
+    again = planned(capsys, *result["layouts"][0]["settings"])
+    assert again["time"]["step_seconds"] == pytest.approx(times[0])
+    assert main([*ON_32_NODES, "--search"]) == 0
+    assert "legal layouts fit" in capsys.readouterr().out
+
+
+def test_every_layout_of_the_search_is_legal_and_its_settings_make_it():
+    config = load_config("configs/runs/grn_8b.yaml", [])
+    layouts = list(legal_layouts(config, 64, 8))
+    assert {layout.config.parallel.pipeline for layout in layouts} == {1, 2, 4}
+    assert min(layout.distance for layout in layouts) == 0
+    for layout in layouts[::17]:
+        made = load_config("configs/runs/grn_8b.yaml", list(layout.settings))
+        assert changed(made, layout.config) == ()
+
+
+def test_more_memory_never_leaves_fewer_layouts():
+    config = load_config("configs/runs/grn_8b.yaml", [])
+    small, large = (ranked(config, find_machine(config, gpu, 16, 8))[0] for gpu in ("A100-40GB", "A100-80GB"))
+    assert len(small) < len(large) and small[0].step.seconds >= large[0].step.seconds
+
+
+def test_times_follow_the_closed_forms():
+    def timed(*settings: str):
+        config = load_config("configs/runs/grn_8b.yaml", ["parallel.context=1", "parallel.tensor=8", "zero.stage=1",
+                                                          *settings])
+        return step_time(config, find_machine(config, "H100", 32, 8))
+
+    none, full = timed(), timed("parallel.recompute=full")
+    # a fourth forward pass beside one forward and two backward
+    assert full.parts["matrix products"] == pytest.approx(4 / 3 * none.parts["matrix products"], rel=0.02)
+    assert full.flops == none.flops and full.hardware_flops > none.hardware_flops
+    # Narayanan et al. 2021: the bubble is (p - 1) / (v m) of the rest; here 8 packs for each of 8 replicas
+    piped, interleaved = (timed("parallel.pipeline=4", *more) for more in ((), ("parallel.virtual_pipeline=3",)))
+    work = sum(piped.parts[name] for name in ("matrix products", "attention", "element-wise", "tensor", "pipeline"))
+    assert piped.parts["bubble"] == pytest.approx(3 / 8 * work, rel=0.03)
+    assert interleaved.parts["bubble"] == pytest.approx(piped.parts["bubble"] / 3, rel=0.03)
+    # twice the packs take twice the time, but for the update
+    doubled = timed("data.packs_per_step=128")
+    assert doubled.parts["attention"] == pytest.approx(2 * none.parts["attention"])
+    assert doubled.parts["optimizer"] == none.parts["optimizer"]
+
+
+def test_zero_1_waits_for_a_whole_reduction_in_fp32():
+    config = load_config("configs/runs/grn_8b.yaml", ["parallel.context=1", "parallel.tensor=8", "zero.stage=1"])
+    machine = find_machine(config, "H100", 32, 8)
+    # 2 (R - 1) / R of fp32 gradients and (R - 1) / R of bf16 weights, R = 32; one card for each GPU of a node
+    weights = 7_890_859_520 / 8
+    card = machine.group(32, 8).bandwidth
+    ideal = 31 / 32 * (2 * 4 + 2) * weights / card
+    assert ideal < step_time(config, machine).parts["ZeRO"] < 1.1 * ideal
