@@ -39,11 +39,12 @@ def layouts(case: Mapping[str, Any], shape: Shape, chosen: Software, text: str,
     gpus = case["n_gpus"]
     offload = "offload" in text
     ulysses = bool(case.get("ulysses")) or "ulysses" in text
-    sharding = str(case.get("sharding") or "").lower()
+    sharding = case_text.sharding(case)
     fsdp = "fsdp" in sharding
     zero = case.get("zero_stage")
     if zero is None:
-        zero = 3 if fsdp and "zero-1" not in sharding else 0 if chosen.attention == "unfused" else 1
+        whole = sharding == "zero-3" or (fsdp and "zero-1" not in sharding)
+        zero = 3 if whole else 0 if chosen.attention == "unfused" else 1
     stated = case_text.recompute(case.get("recompute"))
     kinds = [stated] if stated else [("none", 1.0), ("full", 1.0)] + [("full", share) for share in SHARES if not fsdp]
     for tp, pp, cp in _splits(case, shape, gpus, zero == 3):
@@ -76,6 +77,9 @@ def _splits(case: Mapping[str, Any], shape: Shape, gpus: int, sharded: bool) -> 
     if case.get("dp"):
         exact = [split for split in whole if math.prod(split) * case["dp"] == gpus]
         whole = exact or whole
+    else:
+        busy = [split for split in whole if gpus // math.prod(split) <= (case.get("global_batch") or gpus)]
+        whole = busy or whole
     yield from whole or [(tps[0], pps[0], cps[0])]
 
 

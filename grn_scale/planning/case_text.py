@@ -27,6 +27,22 @@ def words(case: Mapping[str, Any]) -> str:
                                                               "recompute")).lower()
 
 
+def precision(case: Mapping[str, Any]) -> str:
+    """The precision in small letters: where it is not stated, FP8 if the name says so."""
+    return str(case.get("precision") or ("fp8" if "fp8" in str(case.get("name")).lower() else "")).lower()
+
+
+def sharding(case: Mapping[str, Any]) -> str:
+    """The sharding in small letters: where neither it nor the stage is stated, what name and program (torchtitan and
+    llm-foundry shard by FSDP) tell."""
+    if case.get("sharding") or case.get("zero_stage") is not None:
+        return str(case.get("sharding") or "").lower()
+    said = f"{case.get('name')} {case.get('source')}".lower()
+    if any(word in said for word in ("fsdp", "torchtitan", "llm-foundry")):
+        return "fsdp"
+    return "zero-3" if re.search("zero-?3", str(case.get("name")).lower()) else ""
+
+
 def published_in(case: Mapping[str, Any]) -> tuple[int, int] | None:
     """Year and month of the earliest arXiv number in the source's own title; None where it has none."""
     numbers = re.findall(r"arxiv[: ](\d\d)(\d\d)\.\d{4,5}", str(case.get("source")).lower())
@@ -51,34 +67,37 @@ def own_hardware(gpu: Gpu, text: str) -> tuple[Gpu, float | None, list[str]]:
 
 def software(case: Mapping[str, Any], gpu: Gpu) -> tuple[Software, str]:
     """The software that a case's words, precision and date let one assume, and why."""
-    text, date, precision = words(case), published_in(case), str(case.get("precision") or "").lower()
-    old = (date is not None and date < FLASH) or "no flash" in text or precision.startswith("fp16")
+    text, date, number = words(case), published_in(case), precision(case)
+    old = (date is not None and date < FLASH) or "no flash" in text or number.startswith("fp16")
     old = old and gpu.architecture == "ampere"
-    zero3, sharding = case.get("zero_stage") == 3, str(case.get("sharding") or "").lower()
+    sharded = sharding(case)
+    zero3 = case.get("zero_stage") == 3 or sharded == "zero-3"
     if old:
         return Software("unfused", overlap=False, fused=True, old_zero3=zero3, dropout=True,
                         gradient_bytes=2), "of before 2023: no fused attention, communication exposed, dropout"
     if gpu.architecture == "ampere":
         kernel = "fa1" if "pre-fa3" in text or (date and date < FLASH2 and "flashattention-2" not in text) else "fa2"
     elif gpu.architecture == "hopper":
-        torch_kernels = "fsdp" in sharding and "megatron" not in sharding and "te kernels" not in text
+        torch_kernels = "fsdp" in sharded and "megatron" not in sharded and "te kernels" not in text
         early = (date and date < HOPPER_FLASH) or "flashattention-2" in text or torch_kernels
         kernel = "fa1" if "pre-fa3" in text else "fa2" if early else "cudnn"
     else:
         kernel = "cudnn" if gpu.architecture == "blackwell" else "fa2"
-    own = f"{case.get('name')} {case.get('notes')} {precision} {sharding}".lower()
+    own = f"{case.get('name')} {case.get('notes')} {number} {sharded}".lower()
     torch = "fsdp2" in text and "te kernels" not in text
     if torch:  # PyTorch hides tensor parallel communication with asynchronous tensor parallelism only
         overlap = "async" in own
     else:
         overlap = "overlap" in text or date is None or date >= HIDING
-    eager = "fsdp" in text and not re.search("compile|asynctp|te kernels|fp8|megatron", own)
-    fp8 = "fp8" in precision or "fp4" in precision
+    eager = ("fsdp" in text or sharded == "fsdp") and not re.search("compile|asynctp|te kernels|fp8|megatron", own)
+    wanted = "fp8" in number or "fp4" in number
+    fp8 = wanted and gpu.fp8 is not None
     chosen = Software(kernel, fp8, not eager, overlap, torch_ring=torch,
                       encodes="videos/s" in str(case.get("value_origin")),
                       gradient_bytes=2 if "deepspeed" in text or (fp8 and not zero3) else 4)
     return chosen, (f"{kernel} attention, {'eager' if eager else 'fused'} elementwise kernels, communication "
-                    f"{'overlapped' if overlap else 'exposed'}")
+                    f"{'overlapped' if overlap else 'exposed'}"
+                    + (f"; bf16: {gpu.name} has no FP8" if wanted and not fp8 else ""))
 
 
 def recompute(text: str | None) -> tuple[str, float] | None:

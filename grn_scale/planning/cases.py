@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from grn_scale.errors import ConfigError
 from grn_scale.planning import case_text
+from grn_scale.planning.case_gpu import case_gpu
 from grn_scale.planning.case_layouts import CHUNK_LAYERS, layouts
-from grn_scale.planning.hardware import Efficiencies, find_gpu
+from grn_scale.planning.hardware import Efficiencies
 from grn_scale.planning.layout import Layout, Software
 from grn_scale.planning.memory import GIB, memory
 from grn_scale.planning.shape import Shape, complete, gpt3_size
@@ -41,14 +41,12 @@ class Case:
 
 
 def complete_case(case: Mapping[str, Any], reached: Efficiencies) -> Case:
-    """The case with all it does not state filled in. Raises NotJudged where there is no honest default, ConfigError,
-    naming the case, where it cannot be (an unknown GPU)."""
+    """The case with all it does not state filled in. Raises NotJudged where there is no honest default."""
     assumed: dict[str, str] = {}
     text = case_text.words(case)
     machine = _machine(case, reached, text, assumed)
     shape = _shape(case, text, assumed)
-    if case.get("n_gpus") is None:
-        raise NotJudged("number of GPUs not stated")
+    case = _gpus(case, assumed)
     chosen, why = case_text.software(case, machine.gpu)
     assumed["software"] = why
     found = None
@@ -65,22 +63,25 @@ def complete_case(case: Mapping[str, Any], reached: Efficiencies) -> Case:
 
 
 def _machine(case: Mapping[str, Any], reached: Efficiencies, text: str, assumed: dict[str, str]) -> Machine:
-    name = case.get("gpu")
-    if name is None:
-        date = case_text.published_in(case)
-        name = "A100-80GB" if date is not None and date < (2023, 1) else "H100"
-        when = "before" if name == "A100-80GB" else "since"
-        assumed["gpu"] = f"{name}: not stated; the usual one {when} 2023"
-    try:
-        gpu = find_gpu(str(name))
-    except ConfigError as error:
-        raise ConfigError(f"case {case['name']}: {error}") from error
-    if case.get("gpu") is not None and gpu.name.upper() not in str(name).upper():
-        assumed["gpu"] = f"{gpu.name}: {name!r} does not say which model"
+    gpu, why = case_gpu(case)
+    if why:
+        assumed["gpu"] = why
     gpu, watts, said = case_text.own_hardware(gpu, text)
     if said:
         assumed["hardware"] = f"{', '.join(said)}: from the notes"
     return Machine(gpu, reached, watts)
+
+
+def _gpus(case: Mapping[str, Any], assumed: dict[str, str]) -> Mapping[str, Any]:
+    """The case with its number of GPUs, from the degrees where only those are stated."""
+    if case.get("n_gpus") is not None:
+        return case
+    if case.get("dp") is None:
+        raise NotJudged("number of GPUs not stated")
+    context = case.get("cp") if isinstance(case.get("ulysses"), bool) else case.get("ulysses") or case.get("cp")
+    gpus = case["dp"] * (case.get("tp") or 1) * (case.get("pp") or 1) * (context or 1)
+    assumed["n_gpus"] = f"{gpus}: the product of the degrees"
+    return {**case, "n_gpus": gpus}
 
 
 def _shape(case: Mapping[str, Any], text: str, assumed: dict[str, str]) -> Shape:
@@ -98,9 +99,13 @@ def _shape(case: Mapping[str, Any], text: str, assumed: dict[str, str]) -> Shape
     if missing:
         raise NotJudged(f"{', '.join(missing)} not stated")
     heads = case.get("heads")
+    groups = case.get("kv_heads") or 1
     if heads is None:
-        heads = max(1, round(hidden / 128))
+        heads = max(1, round(hidden / 128 / groups)) * groups
         assumed["heads"] = f"{heads}: heads of 128"
+    elif heads % groups:
+        groups = max(each for each in range(1, groups + 1) if heads % each == 0)
+        assumed["kv_heads"] = f"{groups}: {case['kv_heads']} do not divide {heads} heads"
     vocab = case.get("vocab")
     if vocab is None:
         vocab = 51200 if causal else 0
@@ -108,8 +113,8 @@ def _shape(case: Mapping[str, Any], text: str, assumed: dict[str, str]) -> Shape
                                            "no token embedding, as in diffusion transformers")
     cross = "cross-attention" in text
     known = frozenset(name for name in ("ffn", "kv_heads") if case.get(name) is not None)
-    shape = Shape(layers, hidden, heads, case.get("kv_heads") or heads, case.get("ffn") or 4 * hidden, False, vocab,
-                  False, causal, case["seq_len"], cross)
+    shape = Shape(layers, hidden, heads, groups if case.get("kv_heads") else heads, case.get("ffn") or 4 * hidden,
+                  False, vocab, False, causal, case["seq_len"], cross)
     shape, reasons = complete(shape, parameters, known)
     for name, reason in reasons.items():
         value = getattr(shape, name)
@@ -145,5 +150,5 @@ def _name_layout(case: Mapping[str, Any], layout: Layout, over: float, assumed: 
                                  "0 before")
     if case.get("dp") not in (None, layout.dp):
         assumed["dp"] = f"{layout.dp}: {case['dp']} does not go with {case['n_gpus']} GPUs"
-
-
+    if layout.gpus != case["n_gpus"]:
+        assumed["n_gpus"] = f"{layout.gpus}: the degrees do not divide {case['n_gpus']} GPUs"

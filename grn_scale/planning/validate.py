@@ -26,7 +26,7 @@ ORDERED_CASES = 4
 def judge(cases: Sequence[Mapping[str, Any]], reached: Efficiencies) -> dict[str, Any]:
     """{"cases": rows, "summary": ...}: for each case one row of throughput and one of memory where those are
     published, with prediction, error = predicted / published - 1, convention and assumptions, or the reason why it is
-    skipped, such as an unknown GPU."""
+    skipped."""
     rows = [row for case in cases for row in judge_case(case, reached)]
     return {"cases": rows, "summary": summary(rows)}
 
@@ -53,8 +53,12 @@ def judge_case(case: Mapping[str, Any], reached: Efficiencies) -> list[dict[str,
 
 
 def throughput_field(case: Mapping[str, Any]) -> str | None:
-    """The field of a case that is judged, None where it publishes none."""
-    return next((field for field in THROUGHPUT if case.get(field) is not None), None)
+    """The field of a case that is judged, None where it publishes none: seconds only as the last where the batch
+    is not stated and does not follow from the micro-batch, since they go with it and rates hardly do."""
+    published = [field for field in THROUGHPUT if case.get(field) is not None]
+    if case.get("global_batch") is None and (case.get("micro_batch") is None or (case.get("pp") or 1) > 1):
+        published.sort(key=lambda field: field == "step_time_s")
+    return next(iter(published), None)
 
 
 def throughput(case: Mapping[str, Any], field: str, done: Case) -> dict[str, Any]:
@@ -77,7 +81,8 @@ def throughput(case: Mapping[str, Any], field: str, done: Case) -> dict[str, Any
         predicted = counted(shape, convention, share) * layout.global_batch / seconds / layout.gpus / 1e12
         applied = str(convention)
         if field in ("mfu", "hfu"):
-            predicted *= 1e12 / done.machine.gpu.peak("fp8 peak" in str(case.get("notes")).lower())
+            gpu = done.machine.gpu
+            predicted *= 1e12 / gpu.peak(gpu.fp8 is not None and "fp8 peak" in str(case.get("notes")).lower())
     return {"predicted": predicted, "error": predicted / case[field] - 1, "convention": applied, "assumed": assumed}
 
 
@@ -85,7 +90,7 @@ def _memory(case: Mapping[str, Any], reached: Efficiencies) -> dict[str, Any]:
     kind = str(case.get("memory_kind") or "").lower()
     unit, said = (GIB, "GiB") if "gib" in kind else (1e9, "GB of 10^9 bytes")
     if "states only" in kind:
-        return _states(case, unit)
+        return _states(case, unit, reached)
     done = complete_case(case, reached)
     parts = memory(done.shape, done.layout, done.software)
     predicted = (parts.reserved if "reserved" in kind else parts.total) / unit
@@ -93,15 +98,18 @@ def _memory(case: Mapping[str, Any], reached: Efficiencies) -> dict[str, Any]:
             "convention": f"{said}, {'reserved' if 'reserved' in kind else 'in use'}", "assumed": dict(done.assumed)}
 
 
-def _states(case: Mapping[str, Any], unit: float) -> dict[str, Any]:
+def _states(case: Mapping[str, Any], unit: float, reached: Efficiencies) -> dict[str, Any]:
     """Weights, gradients and optimizer of mixed-precision Adam, 2 + 2 + 12 bytes (arXiv 1910.02054, section 3.1)."""
     parameters, shards, stage = case.get("params_b"), case.get("dp") or case.get("n_gpus"), case.get("zero_stage")
+    assumed: Mapping[str, str] = {}
     if not parameters or not shards or stage is None:
-        raise NotJudged("params_b, dp or zero_stage not stated")
+        done = complete_case(case, reached)
+        parameters, shards, stage = done.shape.parameters / 1e9, done.layout.shards, done.layout.zero
+        assumed = done.assumed
     held = sum(each / (shards if stage >= since else 1) for each, since in ((2, 3), (2, 2), (12, 1)))
     predicted = held * parameters * 1e9 / unit
     return {"predicted": predicted, "error": predicted / case["memory_gb"] - 1,
-            "convention": "weights, gradients and optimizer only", "assumed": {}}
+            "convention": "weights, gradients and optimizer only", "assumed": dict(assumed)}
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -21,12 +21,11 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("model.hidden_size=256", "model.num_heads=4", "model.ffn_hidden_size=768", "model.num_layers=4",
          "model.num_chunks=1", "model.text_hidden_size=64", "data.token_budget=2048")
 TRIED = {
-    "pipeline": (4, ("parallel.pipeline=2", "parallel.virtual_pipeline=2", "data.packs_per_step=8")),
-    "sequence cut twice": (8, ("parallel.tensor=2", "parallel.context=2", "parallel.recompute=selective",
-                               "model.layout=v1", "data.packs_per_step=2")),
+    "pipeline and sequence": (8, ("parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.tensor=2",
+                                  "parallel.context=2", "parallel.recompute=selective", "model.layout=v1",
+                                  "data.packs_per_step=4")),
     "sharded gradients": (4, ("zero.stage=2", "parallel.recompute=full", "model.label_form=index",
                               "data.packs_per_step=4")),
-    "fp32": (2, ("train.precision=fp32", "parallel.tensor=2", "parallel.sequence=false", "optimizer.ema_decay=0")),
 }
 """Name -> processes and settings of layouts that are built and stepped."""
 

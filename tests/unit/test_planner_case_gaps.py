@@ -1,0 +1,147 @@
+"""Published cases with gaps and odd values: all that state layers, hidden size, sequence and GPUs are judged."""
+
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+
+from grn_scale.errors import UserError
+from grn_scale.planning.case_file import read_cases
+from grn_scale.planning.case_gpu import case_gpu
+from grn_scale.planning.cases import complete_case
+from grn_scale.planning.hardware import load_efficiencies
+from grn_scale.planning.validate import THROUGHPUT, judge_case, throughput_field
+
+ROOT = Path(__file__).resolve().parents[2]
+REACHED = load_efficiencies()
+CASES = {case["name"]: case for case in read_cases(ROOT / "docs/benchmarks/published_runs.json")}
+NEEDED = ("layers", "hidden", "seq_len", "n_gpus")
+WHOLE = [case for case in CASES.values() if all(case[name] for name in NEEDED)]
+LLAMA = CASES["mbridge-25.11-h100-fp8-llama3-70B"]
+ODD = {"gpu": ("8x NVIDIA H100 SXM5 80GB", "TPU v4", "Wafer 9", "V100", "MI300X", "RTX 4090", "GB300", "A100"),
+       "n_gpus": (1, 7, 12, 1000), "tp": (3, 16), "pp": (5, 64), "cp": (3,), "dp": (7,), "heads": (7, 30),
+       "kv_heads": (3,), "global_batch": (1, 13), "micro_batch": (3, 64), "precision": ("fp8", "FP16", "tf32"),
+       "recompute": ("none", "something else", "block 4 layers"), "zero_stage": (0, 3), "vpp": (7,),
+       "ulysses": (True, 3), "sharding": ("FSDP", "HSDP + TP"), "params_b": (0.01, 5000.0),
+       "notes": ("MoE, 8 experts, 2 active", "offload"), "source": ("a blog",)}
+
+
+def judged_well(case):
+    rows = judge_case(case, REACHED)
+    assert rows
+    for row in rows:
+        assert "skipped" not in row, row
+        assert math.isfinite(row["predicted"]) and row["predicted"] > 0 and math.isfinite(row["error"])
+    return rows
+
+
+def read(tmp_path, **fields):
+    file = tmp_path / "cases.json"
+    file.write_text(json.dumps({"cases": [LLAMA | fields]}))
+    return read_cases(file)[0]
+
+
+@pytest.mark.parametrize("odd", [False, True])
+def test_whatever_else_is_missing_or_odd_a_case_is_judged(odd):
+    for number, case in enumerate(WHOLE):
+        draw = random.Random(f"{case['name']} {odd}")
+        figures = [name for name in (*THROUGHPUT, "memory_gb") if case[name] is not None]
+        if not figures:
+            continue
+        kept = {"name", "source", *NEEDED, draw.choice(figures)}
+        share = (0.2, 0.5, 0.8, 1.0)[number % 4]
+        made = {name: value if name in kept or draw.random() > share else None for name, value in case.items()}
+        if "memory_gb" in kept:
+            made["memory_kind"] = case["memory_kind"]
+        if odd:
+            made |= {name: draw.choice(ODD[name]) for name in draw.sample(sorted(ODD), 3)}
+        judged_well(made)
+
+
+def test_a_bare_case_needs_no_other_key():
+    bare = {"name": "bare", "layers": 24, "hidden": 2048, "seq_len": 2048, "n_gpus": 8}
+    for field, value in (("step_time_s", 1.0), ("hfu", 0.4), ("mfu", 0.4), ("memory_gb", 40)):
+        row, = judged_well(bare | {field: value})
+        assert row["source"] == "no source" and {"gpu", "micro_batch", "global_batch"} <= set(row["assumed"])
+
+
+def test_a_step_without_a_batch_has_an_assumed_one():
+    row, = judged_well({**CASES["alst-llama8B-base-8gpu"], "measured_tflops_per_gpu": None, "global_batch": None})
+    assert row["quantity"] == "step_time_s" and "micro-batches for each" in row["assumed"]["global_batch"]
+
+
+@pytest.mark.parametrize("text, name, said", [
+    ("8x NVIDIA H100 SXM5 80GB", "H100", None), ("H100 NVL", "H100-NVL", "data sheet"), ("A800 80GB", "A800", "A100"),
+    ("NVIDIA H20", "H20", "of H100"), ("H200", "H200", None), ("Tesla V100-SXM2-32GB", "V100-32GB", "A100"),
+    ("AMD MI250X", "MI250X", "A100"), ("MI300X", "MI300X", "H100"), ("TPU v5p", "TPU-v5p", "A100"),
+    ("Gaudi2", "Gaudi2", "H100"), ("L40", "L40", "L40S"), ("L40S", "L40S", None), ("RTX A6000", "A6000", "PCIe"),
+    ("GB300", "GB300", "GB200"), ("B300", "B300", "B200"), ("Ascend 910", "H100", "is not known")])
+def test_accelerators_of_cases_are_found_or_named_as_assumed(text, name, said):
+    gpu, why = case_gpu({"gpu": text})
+    assert gpu.name == name
+    assert why is None if said is None else said in why
+    judged_well(LLAMA | {"gpu": text, "notes": None})
+
+
+def test_fp8_is_bf16_where_the_gpu_has_none():
+    row, *_ = judged_well(LLAMA | {"gpu": "A100", "notes": "MFU of the fp8 peak"})
+    assert "A100-80GB has no FP8" in row["assumed"]["software"]
+
+
+def test_degrees_that_do_not_go_with_the_gpus_are_named():
+    row, *_ = judged_well(LLAMA | {"n_gpus": 12, "tp": 8, "pp": 1, "cp": 1, "dp": None})
+    assert row["assumed"]["n_gpus"] == "8: the degrees do not divide 12 GPUs"
+    case = LLAMA | {"n_gpus": None, "tp": 4, "pp": 8, "cp": 1, "dp": 2, "ulysses": None}
+    assert complete_case(case, REACHED).layout.gpus == 64
+
+
+def test_key_value_heads_that_do_not_divide_the_heads_become_the_next_that_do():
+    done = complete_case(LLAMA | {"heads": 64, "kv_heads": 12}, REACHED)
+    assert done.shape.kv_heads == 8 and "do not divide" in done.assumed["kv_heads"]
+
+
+def test_states_only_of_a_case_without_a_parameter_count_are_those_of_its_shape():
+    case = LLAMA | {"params_b": None, "zero_stage": None, "memory_gb": 20, "memory_kind": "model states only"}
+    rows = judged_well(case)
+    assert rows[-1]["quantity"] == "memory_gb" and "zero_stage" in rows[-1]["assumed"]
+
+
+def test_values_are_read_as_they_are_meant(tmp_path):
+    case = read(tmp_path, n_gpus="1,024", hidden="8192", tp="null", gpu="n/a", mfu="41%", hfu=52.5, zero_stage="1",
+                causal="True", sp="", recompute=True, layers=80.0, notes=None, vocab="unknown")
+    assert (case["n_gpus"], case["hidden"], case["tp"], case["gpu"], case["mfu"]) == (1024, 8192, None, None, 0.41)
+    assert (case["hfu"], case["zero_stage"], case["causal"], case["sp"]) == (0.525, 1, True, None)
+    assert case["recompute"] == "full" and isinstance(case["layers"], int) and case["vocab"] is None
+    assert throughput_field(case)
+    judged_well(case)
+
+
+@pytest.mark.parametrize("field, value", [("tp", 0), ("n_gpus", -8), ("layers", "many"), ("mfu", 0), ("ulysses", "x"),
+                                          ("zero_stage", 4), ("causal", "maybe"), ("seq_len", "Infinity")])
+def test_values_that_cannot_be_are_refused_with_the_name_of_the_case(tmp_path, field, value):
+    with pytest.raises(UserError, match=f"case {LLAMA['name']}: {field} is"):
+        read(tmp_path, **{field: value})
+
+
+def test_a_gpu_not_stated_is_told_by_the_name_or_by_two_figures():
+    assert case_gpu({"name": "run-a100", "source": "arXiv 2402.15627"})[0].name == "A100-80GB"
+    gpu, why = case_gpu({"name": "run", "measured_tflops_per_gpu": 156, "mfu": 0.5})
+    assert gpu.name == "A100-80GB" and "over MFU" in why
+    assert case_gpu({"name": "run", "measured_tflops_per_gpu": 200, "mfu": 0.5})[0].name == "H100"
+
+
+def test_sharding_and_precision_not_stated_are_told_by_the_name():
+    case = CASES["torchtitan-8B-8gpu-fsdp-compile-fp8"] | {"sharding": None, "zero_stage": None, "precision": None}
+    done = complete_case(case, REACHED)
+    assert done.layout.fsdp and done.layout.zero == 3 and done.software.fp8
+    case = CASES["zero3-a100-174.6B-384gpu"] | {"sharding": None, "zero_stage": None}
+    assert complete_case(case, REACHED).layout.zero == 3
+
+
+def test_seconds_without_a_batch_are_judged_last():
+    case = {"step_time_s": 2.0, "mfu": 0.4}
+    assert throughput_field(case) == "mfu"
+    assert throughput_field(case | {"micro_batch": 1, "pp": 8}) == "mfu"
+    assert throughput_field(case | {"micro_batch": 1}) == throughput_field(case | {"global_batch": 8}) == "step_time_s"
