@@ -35,7 +35,8 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller_port}
 SlurmUser=root
 AuthType=auth/munge
-# A requeued job starts when the credential of its last start has expired: 120 seconds by default.
+# A requeued job starts when the credential of its last start has expired: 120 seconds by default. Until then the end of
+# that start may still come, and would be taken for the end of the next one.
 AuthInfo=socket={folder}/munge.socket,cred_expire=10
 CredType=cred/munge
 StateSaveLocation={folder}/state
@@ -190,7 +191,7 @@ class SlurmCluster:
         return ",".join(sorted(set(self._ask(job, "%T"))))
 
     def wait(self, job: str, states: str | Collection[str] = ENDED, timeout: float = 60) -> str:
-        """Wait until the job, or each element of an array, is in one of `states`, and `hurry`; returns the state then.
+        """Wait until the job, or each element of an array, is in one of `states`; returns the state then.
 
         AssertionError with what Slurm knows of the job and the daemons' logs after `timeout` seconds.
         """
@@ -201,16 +202,8 @@ class SlurmCluster:
                 shown = self.run("scontrol", "show", "job", job, expect=None)
                 raise AssertionError(f"job {job} is {state} after {timeout:g} s, not {' or '.join(sorted(wanted))}\n"
                                      f"{shown.stdout}{shown.stderr}\n{self.log()}")
-            self.hurry()
             time.sleep(0.1)
         return state
-
-    def hurry(self) -> None:
-        """Start requeued jobs as soon as there is room, and not when the credential of their last start has expired."""
-        held = self.run("squeue", "--noheader", "--array", "--states=PENDING", "--format=%i %r").stdout.splitlines()
-        for job, reason in (line.split(maxsplit=1) for line in held):
-            if reason == "BeginTime":
-                self.run("scontrol", "update", f"JobId={job}", "StartTime=now", expect=None)  # it may have begun
 
     def _ask(self, job: str, what: str) -> list[str]:
         """What squeue says of a job, in its format; of an array a line for each element."""

@@ -73,11 +73,10 @@ def logs(run: Path) -> str:
     return "\n".join(f"== {path}\n{path.read_text()[-3000:]}" for path in paths)
 
 
-def until(cluster: SlurmCluster, reached: Callable[[], bool], what: str, run: Path) -> None:
+def until(reached: Callable[[], bool], what: str, run: Path) -> None:
     end = time.monotonic() + PATIENCE_SECONDS
     while not reached():
         assert time.monotonic() < end, f"not {what}\n{logs(run)}"
-        cluster.hurry()
         time.sleep(0.2)
 
 
@@ -98,9 +97,9 @@ def test_a_job_on_two_nodes_ends_as_if_nothing_had_happened_to_it(slurm: Slurm, 
                                   lambda: cluster.run("scancel", "--signal=USR2", "--batch", job),
                                   lambda: cluster.kill_node_tasks(job, "node2")), 1):
         before = steps_done()
-        until(cluster, lambda: steps_done() > before + 2, "at work", shaken)
+        until(lambda: steps_done() > before + 2, "at work", shaken)
         hit()
-        until(cluster, lambda: len(read_starts(newest(shaken).folder)) > starts, "started again", shaken)
+        until(lambda: len(read_starts(newest(shaken).folder)) > starts, "started again", shaken)
     assert cluster.wait(job, timeout=PATIENCE_SECONDS) == "COMPLETED", logs(shaken)
     assert losses(shaken) == losses(quiet)
     assert ends(shaken)[-3:] == [(75, "requeue"), (137, "requeue"), (0, "done")]
@@ -128,12 +127,13 @@ def test_a_job_that_crashes_at_once_is_stopped_after_a_few_starts(slurm: Slurm, 
     cluster, run = slurm.cluster, tmp_path / "run"
     job = slurm("train", *train_arguments(dataset, run)[1:], "--gpus-per-node", 1, "--start-limit", 2,
                 "--submit").stdout.strip()
-    until(cluster, lambda: len(ends(run)) == 3, "started three times", run)
+    until(lambda: len(ends(run)) == 3, "started three times", run)
     assert cluster.wait(job, timeout=PATIENCE_SECONDS) == "FAILED"
     assert ends(run) == [(1, "requeue"), (1, "requeue"), (78, "stop")]
     assert "2 starts in a row" in slurm("status", run).stdout
 
 
+@pytest.mark.slow
 def test_a_job_leaves_a_bad_node_out_and_comes_back_when_it_is_preempted(slurm: Slurm, dataset: Path,
                                                                          tmp_path: Path) -> None:
     broken, run, cluster = tmp_path / "broken", tmp_path / "run", slurm.cluster
@@ -143,7 +143,7 @@ def test_a_job_leaves_a_bad_node_out_and_comes_back_when_it_is_preempted(slurm: 
     slurm.site.write_text(SITE.replace("main", "wide") + f"environment:\n  PYTHONPATH: {broken}\n")
     job = slurm("train", *train_arguments(dataset, run, "train.steps=30", "train.checkpoint_every=10", *LAYOUT)[1:],
                 "--nodes", 2, "--exclude-failed-nodes", "--torchrun", "--submit").stdout.strip()
-    until(cluster, lambda: (run / "metrics.jsonl").exists() and len(losses(run)) > 3, "at work", run)
+    until(lambda: (run / "metrics.jsonl").exists() and len(losses(run)) > 3, "at work", run)
     starts = read_starts(newest(run).folder)
     assert [start.nodes for start in starts] == ["node[1-2]", "node[1,3]"] and ends(run) == [(1, "requeue")]
     assert "node[1,3]" in slurm("status", run).stdout
@@ -173,8 +173,8 @@ def test_an_array_makes_the_same_dataset_though_tasks_are_killed(slurm: Slurm, d
                 killed.add(element)
         return len(killed) == 3
 
-    until(cluster, three_are_killed, "three tasks killed", tokens)
-    until(cluster, lambda: len(ends(tokens)) == 8 + len(killed), "all done", tokens)
+    until(three_are_killed, "three tasks killed", tokens)
+    until(lambda: len(ends(tokens)) == 8 + len(killed), "all done", tokens)
     assert cluster.wait(job, timeout=PATIENCE_SECONDS) == "COMPLETED", logs(tokens)
     assert sum(code == 137 for code, _ in ends(tokens)) == 3
     assert content(tokens) == content(alone)
@@ -185,7 +185,7 @@ def test_a_chain_goes_on_where_a_job_ended_and_ends_with_the_work(slurm: Slurm, 
     cluster, run = slurm.cluster, tmp_path / "run"
     jobs = slurm("train", *train_arguments(dataset, run, "train.steps=60", "train.checkpoint_every=2")[1:],
                  "--gpus-per-node", 1, "--chain", 3, "--submit").stdout.split()
-    until(cluster, lambda: (run / "metrics.jsonl").exists() and len(losses(run)) > 3, "at work", run)
+    until(lambda: (run / "metrics.jsonl").exists() and len(losses(run)) > 3, "at work", run)
     cluster.run("scancel", "--signal=USR2", "--batch", jobs[0])
     assert cluster.wait(jobs[0], timeout=PATIENCE_SECONDS) == "FAILED"  # with 75
     assert cluster.wait(jobs[1], timeout=PATIENCE_SECONDS) == "COMPLETED", logs(run)
