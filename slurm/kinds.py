@@ -7,12 +7,13 @@ configuration, not the arguments that made it.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grn_scale.command_line import config_yaml
 from grn_scale.config.check import check_output, check_set
@@ -20,6 +21,10 @@ from grn_scale.config.load import load_config, to_dict
 from grn_scale.errors import ConfigError, UserError
 from grn_scale.slurm.records import CONFIG
 
+if TYPE_CHECKING:
+    from grn_scale.slurm.script import Job
+
+log = logging.getLogger("grn_scale")
 _LONGEST_PATH = 4096
 
 
@@ -36,8 +41,8 @@ class Request:
     """Files and folders that it names, which a container must see."""
     command: Callable[[Path], tuple[str, ...]]
     """Arguments of grn-scale, given the folder of the submission."""
-    check: Callable[[int], None]
-    """Raises UserError where it could not run on so many processes; looks at files and writes nothing."""
+    check: Callable[[Job], None]
+    """Raises UserError where it could not run as this job; looks at files and writes nothing."""
     shared: bool = False
     """Whether several jobs may do its work together."""
     alone: bool = False
@@ -59,13 +64,36 @@ def _train(argv: list[str]) -> Request:
                           "start from the weights of another run set init.from, to go on from a checkpoint of this run "
                           "move the later step folders away, and leave --resume out")
 
-    def check(processes: int) -> None:
-        train.check_before_start(config, options.resume, processes)
+    def check(job: Job) -> None:
+        train.check_before_start(config, options.resume, job.processes)
+        _check_memory(config, job)
         _check_space(config)
         _check_resume(options.resume, Path(config.output))
 
     # a start that is not the first one goes on, whatever was asked of the first
     return _of_config("train", config, check, "--resume", "auto")
+
+
+def _check_memory(config: Any, job: Job) -> None:
+    """Tell what the fullest GPU will hold, where the cluster file names the GPUs; UserError where not even the tensors
+    fit. What is beside tensors is assumed, so a plan that is a little too large only warns."""
+    from grn_scale.config.schema import ModelConfig
+    from grn_scale.planning.grn_machine import find_machine
+    from grn_scale.tools.plan_document import budgets
+
+    if not job.cluster.gpu or not job.gpus_per_node or not isinstance(config.model, ModelConfig):
+        return
+    machine = find_machine(config, job.cluster.gpu, job.nodes, job.gpus_per_node)
+    stages = budgets(config, machine)
+    tensors, most = max(memory.bytes["peak"] for memory, _ in stages), max(held.most for _, held in stages)
+    remedy = (f"`grn-scale plan --gpu {job.cluster.gpu} --gpus-per-node {job.gpus_per_node} --nodes {job.nodes} "
+              "--search` with this configuration names layouts that fit")
+    if tensors > machine.memory:
+        raise UserError(f"memory: the tensors of a process would take {tensors / 1e9:.1f} GB, but a {job.cluster.gpu} "
+                        f"has {machine.memory / 1e9:.1f} GB: {remedy}")
+    fits = most <= machine.memory
+    log.log(logging.INFO if fits else logging.WARNING, "memory planned: %.1f of %.1f GB on the fullest GPU%s",
+            most / 1e9, machine.memory / 1e9, "" if fits else f"; {remedy}")
 
 
 def _check_space(config: Any) -> None:
@@ -96,7 +124,7 @@ def _tokenize(argv: list[str]) -> Request:
     config, options = tokenize_clips.parse_command(argv)
     check_set(config, "output")
 
-    def check(processes: int) -> None:
+    def check(job: Job) -> None:
         tokenize_clips.check_before_start(config)
         if not Path(config.data.manifest).is_file():
             raise ConfigError(f"data.manifest: there is no file {config.data.manifest}")
@@ -117,7 +145,7 @@ def _evaluate(argv: list[str]) -> Request:
     config = (source.run_config(options.overrides, options.config) if source
               else load_config(options.config, options.overrides, SCHEMAS))
     check_set(config, "output")
-    def check(processes: int) -> None:
+    def check(job: Job) -> None:
         check_output(config.output)
         if options.held_out:
             Mixture.open(config.data)
@@ -133,9 +161,9 @@ def _convert(argv: list[str]) -> Request:
         return _convert_many(argv)
     options = command_parser().parse_options(argv)
 
-    def check(processes: int) -> None:
-        if processes > 1:
-            raise ConfigError(f"convert is one process, but {processes} were asked for: leave --nodes out")
+    def check(job: Job) -> None:
+        if job.processes > 1:
+            raise ConfigError(f"convert is one process, but {job.processes} were asked for: leave --nodes out")
         if not Path(options.input).exists():
             raise ConfigError(f"--input: there is no {options.input}")
         if Path(options.output).exists():
@@ -151,7 +179,7 @@ def _convert_many(argv: list[str]) -> Request:
     options = list_parser().parse_options(argv)
     lines = conversions(options.list)
 
-    def check(processes: int) -> None:
+    def check(job: Job) -> None:
         for line in lines:
             if not line.request.input.exists():
                 raise ConfigError(f"{options.list}:{line.number}: there is no {line.request.input}")
@@ -161,7 +189,7 @@ def _convert_many(argv: list[str]) -> Request:
                    lambda folder: ("convert", *argv), check, shared=True, alone=True)
 
 
-def _of_config(kind: str, config: Any, check: Callable[[int], None], *flags: str, options: Any = None) -> Request:
+def _of_config(kind: str, config: Any, check: Callable[[Job], None], *flags: str, options: Any = None) -> Request:
     return Request(kind, _where(config.output), config_yaml(config), tuple(_paths(config, options)),
                    lambda folder: (kind, "--config", str(folder / CONFIG), *flags), check,
                    shared=kind == "tokenize", alone=kind == "tokenize")

@@ -57,7 +57,7 @@ def main(kind: str, argv: list[str]) -> int:
     if options.print:
         print(script, end="")
         return 0
-    request.check(job.processes)
+    request.check(job)
     if options.dry_run:
         return try_script(script)
     submit(job, script, request.config)

@@ -161,7 +161,7 @@ def _resolve_files(values: dict[str, Any], cls: type, base: Path) -> dict[str, A
     resolved = {}
     for key, value in values.items():
         if dataclasses.is_dataclass(hints.get(key)) and isinstance(value, str):
-            candidates = [base / value, shipped_file(value)]
+            candidates = [base / value, shipped_file(value.removeprefix("configs/"))]
             path = next((c for c in candidates if c.is_file()), None)
             if path is None:
                 raise ConfigError(f"{key}: no file {value!r}, looked at {' and '.join(map(str, candidates))}")

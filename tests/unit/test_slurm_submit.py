@@ -13,7 +13,7 @@ import pytest
 from grn_scale.config.cluster import Cluster
 from grn_scale.config.load import load_config
 from grn_scale.errors import ConfigError, UserError
-from grn_scale.slurm import submit
+from grn_scale.slurm import kinds, submit
 from grn_scale.slurm.kinds import read_request
 from grn_scale.slurm.records import newest, next_folder, records_of, submissions, write_submission
 from grn_scale.slurm.script import batch_script
@@ -169,6 +169,27 @@ def test_what_the_job_would_refuse_is_refused_before_anything_is_written(here: P
     assert main([*poisoned, "--print"]) == 0
     assert capsys.readouterr().out.startswith("#!/bin/bash\n#SBATCH --job-name=train-a\n")
     assert [path.name for path in here.iterdir()] == ["site.yaml"]
+
+
+def test_memory_is_told_before_submission_where_the_site_names_its_gpus(here: Path, caplog) -> None:
+    large = ["output=runs/a", "model=configs/model/grn_8b.yaml", "data.packs_per_step=8"]
+
+    def check(site: str, *more: str) -> str:
+        (here / "site.yaml").write_text(site, encoding="utf-8")
+        options, rest = submit._parser("train").parse_known_args([*large, *more, "--print"])
+        request = read_request("train", rest)
+        made = submit.job_of(request, Cluster.load("site.yaml"), options)
+        caplog.clear()
+        with caplog.at_level("INFO", "grn_scale"):
+            kinds._check_memory(load_config(None, rest), made)
+        return caplog.text
+
+    assert check("gpus_per_node: 8\n") == ""
+    assert "GB on the fullest GPU" in check("gpus_per_node: 8\ngpu: H200\n", "data.token_budget=8192")
+    with pytest.raises(UserError, match=r"tensors of a process would take .* `grn-scale plan .* --search`"):
+        check("gpus_per_node: 8\ngpu: H100\n", "data.token_budget=65536")
+    with pytest.raises(ConfigError, match="X9"):
+        check("gpus_per_node: 8\ngpu: X9\n")
 
 
 def test_time_limits_in_all_forms_of_slurm() -> None:
