@@ -65,6 +65,7 @@ requeue() {
 # Ends this script. After the decision to go on the job is back in the queue, without the nodes in $excluded.
 excluded=
 leave() { # CODE DECISION REASON
+    trap '' USR2 TERM # Slurm sends TERM to a job that goes back into the queue: what is decided stays
     record end "\"code\": $1, \"decision\": \"$2\""
     say "$3"
     case $2 in
@@ -75,9 +76,7 @@ leave() { # CODE DECISION REASON
             local before
             before=$(field ExcNodeList) # of the submission
             if [[ $before != @("(null)"|) ]]; then excluded=$before,$excluded; fi
-            # Slurm ends this job meanwhile, and may interrupt the first try
             scontrol update JobId="$id" ExcNodeList="$excluded" ||
-                scontrol update JobId="$id" ExcNodeList="$excluded" ||
                 say "error: it may get these nodes again: $excluded"
         fi ;;
     esac
@@ -117,6 +116,10 @@ count_start() {
 beyond $reached; see \`grn-scale slurm why\`"
     fi
     weigh 10 || leave 1 left "error: $counter cannot be written: free space there, then sbatch $records/job.sbatch"
+}
+
+time_is_up() {
+    [[ -n ${SLURM_JOB_END_TIME:-} ]] && (($(date +%s) + signal_seconds + 60 >= SLURM_JOB_END_TIME))
 }
 
 free_port() { # FIRST
@@ -203,6 +206,8 @@ done
 # a process that is told to stop before it can save only ends
 if ((asked && code > 128)); then code=75; fi
 if ((code == 75)); then weigh 1; fi
+# being asked to stop is no excuse for a start that fails, or that had all its time
+if ((code != 0 && $(progress) <= reached)) && { ((code != 75)) || time_is_up; }; then weigh 10; fi
 
 if ((code == 0)); then leave 0 "done" "done"; fi
 if ((code == 2 || code == 78)); then leave "$code" stop "stopped: exit code $code, which would come again"; fi

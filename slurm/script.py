@@ -19,17 +19,16 @@ BODY = Path(__file__).with_name("job.sh")
 PREFLIGHT_SECONDS = 300
 _MEETING = ("MASTER_ADDR", "MASTER_PORT", "GRN_SCALE_NODES", "SLURM_JOB_END_TIME")
 """Variables that job.sh exports."""
-_IN_FILE = "{} in the cluster file"
-_SET_BY = {"job-name": "--name", "output": "--records", "dependency": "--chain",
-           **{name: f"--{name}" for name in (
-               "nodes", "time", "partition", "account", "gpus-per-node", "array", "wait")},
-           **{name: _IN_FILE.format(name) for name in ("qos", "constraint", "exclusive", "requeue")},
-           "no-requeue": _IN_FILE.format("requeue"), "mem": _IN_FILE.format("memory"),
-           "gres": _IN_FILE.format("gpu_option"), "cpus-per-task": _IN_FILE.format("cpus_per_process"),
-           "signal": _IN_FILE.format("signal_seconds"), "export": _IN_FILE.format("environment"),
+_SET_BY = {"job-name": "--name", "output": "--records", "wait": "--wait", "array": "--array",
+           "gpus-per-node": "--gpus-per-node", "nodes": "--nodes", "time": "--time",
+           "gres": "gpu_option in the cluster file", "cpus-per-task": "cpus_per_process in the cluster file",
+           "signal": "signal_seconds in the cluster file", "export": "environment in the cluster file",
+           "requeue": "requeue in the cluster file", "no-requeue": "requeue in the cluster file",
            **dict.fromkeys(("chdir", "open-mode", "ntasks", "ntasks-per-node", "ntasks-per-gpu", "error", "input",
                             "wrap", "parsable", "test-only", "kill-on-invalid-dep"), "")}
-"""Options of sbatch that the script has, or that would break it, and what they follow from."""
+"""Options of sbatch that always follow from something else, and from what; or that would break the job."""
+_SRUN_SETS = {"export", "nodes", "ntasks", "ntasks-per-node", "cpus-per-task", "kill-on-bad-exit", "time", "output",
+              "error", "container-image", "container-mounts", "container-workdir", "container-env"}
 _PLAIN = re.compile(r"[A-Za-z0-9_./:@%+=,-]+")
 _LINE_CHARACTERS = 118
 
@@ -105,7 +104,8 @@ def batch_script(job: Job) -> str:
     lines += ["set -uo pipefail", *(f"export {name}={value}" for name, value in _variables(job)), ""]
     for name, value in (("kind", job.kind), ("run", job.run), ("records", job.records),
                         ("start_limit", job.start_limit), ("requeue", int(job.goes_back)),
-                        ("chain", job.chain), ("exclude_failed", int(job.exclude_failed))):
+                        ("chain", job.chain),
+                        ("signal_seconds", job.cluster.signal_seconds), ("exclude_failed", int(job.exclude_failed))):
         lines.append(f"{name}={shlex.quote(str(value))}")
     lines += [_array("preflight", preflight_command(job)), _array("launch", launch_command(job)),
               _array("command", job.command), "", BODY.read_text(encoding="utf-8")]
@@ -131,9 +131,11 @@ def sbatch_options(job: Job) -> Iterator[str]:
     yield from (f"--{name}={_quoted(name, str(value))}" for name, value in values)
     for option in (*cluster.sbatch_options, *job.sbatch):
         name, equals, value = option.removeprefix("--").partition("=")
-        if name in _SET_BY:
-            remedy = f"give {_SET_BY[name]}" if _SET_BY[name] else "leave it out"
-            raise ConfigError(f"sbatch's --{name} is no further option, the job derives it: {remedy}")
+        given = {name for name, _ in values} | ({"exclusive"} if cluster.exclusive else set()) | (
+            {"dependency"} if job.chain > 1 else set())
+        if name in _SET_BY or name in given:
+            remedy = f"give {_SET_BY[name]}" if _SET_BY.get(name) else "leave it out"
+            raise ConfigError(f"sbatch's --{name} is no further option, the job has it already: {remedy}")
         yield f"--{name}={_quoted(name, value)}" if equals else f"--{name}"
     if cluster.exclusive:
         yield "--exclusive"
@@ -165,6 +167,11 @@ def preflight_command(job: Job) -> list[str]:
 
 def _srun(job: Job, per_node: int) -> list[str]:
     # an --export of the submission would hold for srun, too, and leave processes without PATH
+    for option in job.cluster.srun_options:
+        name = option.removeprefix("--").partition("=")[0]
+        if name in _SRUN_SETS:
+            raise ConfigError(f"srun_options in the cluster file holds {option}, but the job derives --{name}: leave "
+                              "it out")
     options = ["--export=ALL", f"--nodes={job.nodes}", f"--ntasks={job.nodes * per_node}",
                f"--ntasks-per-node={per_node}",
                *(f"--{option.removeprefix('--')}" for option in job.cluster.srun_options)]

@@ -30,7 +30,7 @@ from grn_scale.slurm.records import (
     write_submission,
 )
 from grn_scale.slurm.script import Job, batch_script
-from grn_scale.slurm.squeue import ask
+from grn_scale.slurm.squeue import Queue, ask
 from grn_scale.slurm.waiting import wait_for
 
 CLUSTER_VARIABLE = "GRN_SCALE_CLUSTER"
@@ -47,6 +47,8 @@ def main(kind: str, argv: list[str]) -> int:
     parser = _parser(kind)
     options, arguments = parser.parse_known_args(argv)
     start_logging()
+    if options.wait and not options.submit:
+        raise ConfigError("--wait stays until a submitted job has ended: give it with --submit, or leave it out")
     cluster = Cluster.load(_cluster_file(options))
     try:
         request = read_request(kind, arguments)
@@ -85,6 +87,9 @@ def job_of(request: Request, cluster: Cluster, options: argparse.Namespace) -> J
     if request.alone and options.nodes > 1:
         raise ConfigError(f"this is one process, but --nodes asks for {options.nodes}: leave it out")
     time_limit = options.time or cluster.time_limit
+    if cluster.time_limit and seconds_of(time_limit) > seconds_of(cluster.time_limit):
+        raise ConfigError(f"--time {time_limit} is longer than the longest of cluster {cluster.name}, time_limit="
+                          f"{cluster.time_limit}: ask for less; a job that is not done goes on in its next start")
     if time_limit and seconds_of(time_limit) <= cluster.signal_seconds + STARTING_SECONDS:
         raise ConfigError(f"a time limit of {time_limit} leaves no time to train before the job is asked to stop, "
                           f"signal_seconds={cluster.signal_seconds} before its end: ask for more, or lower "
@@ -147,7 +152,8 @@ def try_script(script: str) -> int:
     with tempfile.NamedTemporaryFile("w", suffix=".sbatch", encoding="utf-8") as file:
         file.write(script)
         file.flush()
-        done = subprocess.run(["sbatch", "--test-only", file.name], capture_output=True, text=True, check=False)
+        done = subprocess.run(["sbatch", "--test-only", file.name], capture_output=True, text=True, check=False,
+                              env=_environment())
     print((done.stderr + done.stdout).strip(), file=sys.stderr)
     return 0 if done.returncode == 0 else EXIT_FAILED
 
@@ -160,14 +166,11 @@ def submit(job: Job, script: str, config: str) -> list[str]:
     refuse_second(job)
     write_submission(job, script, config)
     numbers: list[str] = []
-    # they would outrank what stands in the script, or belong to the job that we are in
-    environment = {name: value for name, value in os.environ.items() if name == "SLURM_CONF" or
-                   not name.startswith(("SBATCH_", "SLURM_", "SRUN_"))}
     for _ in range(job.chain):
         # on all before: where one has done the work, the rest is dropped, and a dropped job counts as one that failed
         after = [f"--dependency=afternotok:{':'.join(numbers)}", "--kill-on-invalid-dep=yes"] if numbers else []
         done = subprocess.run(["sbatch", "--parsable", *after, str(job.records / SCRIPT)], capture_output=True,
-                              text=True, check=False, env=environment)
+                              text=True, check=False, env=_environment())
         if done.returncode:
             raise UserError(f"sbatch refused the job: {done.stderr.strip()}"
                             + (f"; {len(numbers)} jobs of the chain are submitted: {' '.join(numbers)}" if numbers else
@@ -180,12 +183,22 @@ def submit(job: Job, script: str, config: str) -> list[str]:
     return numbers
 
 
+def _environment() -> dict[str, str]:
+    """This process's, without what would outrank the script, or belongs to a job that we are in."""
+    return {name: value for name, value in os.environ.items()
+            if name == "SLURM_CONF" or not name.startswith(("SBATCH_", "SLURM_", "SRUN_"))}
+
+
 def refuse_second(job: Job) -> None:
     """UserError where an earlier submission trains into the same run: one job at a time does."""
     if job.kind != "train" or not job.records.parent.is_dir():
         return
     for earlier in numbered(job.records.parent):
-        active = ask(Submission.read(earlier).job_ids).active if (earlier / SUBMISSION).is_file() else []
+        queue = ask(Submission.read(earlier).job_ids) if (earlier / SUBMISSION).is_file() else Queue()
+        if queue.problem:
+            raise UserError(f"whether an earlier job still trains into {job.run} cannot be told: {queue.problem}; "
+                            "submit again when Slurm answers")
+        active = queue.active
         if active:
             raise UserError(f"job {active[0].id} ({active[0].state}) trains into {job.run}: cancel it first (grn-scale "
                             f"slurm cancel {job.run}), or give another output")

@@ -19,6 +19,7 @@ REASONS = {
     "Resources": "it waits for free nodes", "Priority": "others are before it",
     "Dependency": "it waits for the job before it", "BeginTime": "Slurm lets a requeued job wait for about two minutes",
     "JobHeldUser": "it is held: scontrol release JOB", "JobHeldAdmin": "an administrator holds it",
+    "job requeued in held state": "it was put back and is held: scontrol release JOB",
     "launch failed requeued held": "it could not be started, and is held: scontrol release JOB",
     "DependencyNeverSatisfied": "the job before it failed, so it never starts: cancel it, then submit again",
     "PartitionTimeLimit": "it asks for more time than the partition gives: cancel it, then submit again with less",

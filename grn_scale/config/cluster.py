@@ -26,7 +26,7 @@ class Container:
     runtime: str = "none"
     """none: the nodes' own; pyxis: srun's plugin for enroot; apptainer: a program that srun starts."""
     image: str = ""
-    """pyxis: file.sqsh or registry#image:tag; apptainer: file.sif or docker://..."""
+    """pyxis: /path/of/file.sqsh or registry#image:tag; apptainer: file.sif or docker://..."""
     mounts: tuple[str, ...] = ()
     """SOURCE or SOURCE:TARGET, beside the run folder, the working directory and the folders the job reads."""
     python: str = "python3"
@@ -36,6 +36,9 @@ class Container:
         require_choice("container.runtime", self.runtime, ("none", "pyxis", "apptainer"))
         require(self.runtime == "none" or bool(self.image),
                 f"container.image is empty, but container.runtime is {self.runtime}: name an image, or take none")
+        require(self.runtime != "pyxis" or not self.image.endswith(".sqsh") or self.image.startswith(("/", "./")),
+                f"container.image is {self.image}, which pyxis takes for the name of an image in a registry: give the "
+                "file's whole path")
         for mount in self.mounts:
             require("," not in mount and "\n" not in mount,
                     f"container.mounts holds {mount!r}: commas and line breaks cannot be mounted; give other paths")

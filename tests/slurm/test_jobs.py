@@ -123,7 +123,10 @@ def test_a_job_that_would_fail_again_is_not_started_again(slurm: Slurm, dataset:
 
 
 def test_a_job_that_crashes_at_once_is_stopped_after_a_few_starts(slurm: Slurm, dataset: Path, tmp_path: Path) -> None:
-    slurm.site.write_text(SITE + "environment:\n  PYTHONHASHSEED: nonsense\n")  # with which no Python starts
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/sitecustomize.py").write_text(
+        "import os, sys\nif 'grn_scale.slurm.task' in sys.orig_argv:\n    os._exit(1)\n")
+    slurm.site.write_text(SITE + f"environment:\n  PYTHONPATH: {tmp_path}/broken\n")
     cluster, run = slurm.cluster, tmp_path / "run"
     job = slurm("train", *train_arguments(dataset, run)[1:], "--gpus-per-node", 1, "--start-limit", 2,
                 "--submit").stdout.strip()
@@ -131,6 +134,7 @@ def test_a_job_that_crashes_at_once_is_stopped_after_a_few_starts(slurm: Slurm, 
     assert cluster.wait(job, timeout=PATIENCE_SECONDS) == "FAILED"
     assert ends(run) == [(1, "requeue"), (1, "requeue"), (78, "stop")]
     assert "2 starts in a row" in slurm("status", run).stdout
+    assert len(list((newest(run).folder / "preflight").glob("*/*.ok"))) == 2
 
 
 @pytest.mark.slow

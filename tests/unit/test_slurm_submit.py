@@ -20,7 +20,8 @@ from grn_scale.slurm.script import batch_script
 
 SITE = {"bare": "gpus_per_node: 4\n",
         "cpu": "processes_per_node: 3\ngpu_option: none\ncpus_per_process: 2\nrequeue: false\n",
-        "pyxis": "gpus_per_node: 4\ncontainer:\n  runtime: pyxis\n  image: a.sqsh\n  mounts: [/opt, '/data:/mnt']\n"}
+        "pyxis": "gpus_per_node: 4\ncontainer:\n  runtime: pyxis\n  image: /images/a.sqsh\n"
+                 "  mounts: [/opt, '/data:/mnt']\n"}
 
 
 def job(kind: str, *arguments: str, site: str = "bare"):
@@ -65,7 +66,10 @@ def test_what_a_site_or_a_user_adds_goes_to_slurm(here: Path) -> None:
     for line in ("gpus-per-node=a100:4", "array=0-99%8", "mail-type=END", "exclude=n7", 'reservation="my own"',
                  "spread-job"):
         assert f"\n#SBATCH --{line}\n" in script
-    assert "srun --export=ALL --nodes=1 --ntasks=1 --ntasks-per-node=1 --mpi=pmix" in script
+    assert "srun --mpi=pmix" not in script and "--ntasks-per-node=1 --mpi=pmix" in script
+    derived = Cluster(name="x", gpus_per_node=1, srun_options=("export=NONE",))
+    with pytest.raises(ConfigError, match="the job derives --export"):
+        batch_script(submit.job_of(read_request("tokenize", rest), derived, options))
 
 
 def test_a_container_sees_every_folder_that_the_command_names(here: Path) -> None:
@@ -96,7 +100,10 @@ def test_a_container_sees_every_folder_that_the_command_names(here: Path) -> Non
     (["tokenize", "output=a", "--array", "8%0"], "no whole number above 0"),
     (["train", "output=a", "--sbatch", "reservation name"], "none of the long options"),
     (["train", "output=a", "--sbatch", "nodes=4"], "give --nodes"),
-    (["train", "output=a", "--sbatch=--mem=4G"], "give memory in the cluster file"),
+    (["train", "output=a", "--sbatch=--signal=9"], "give signal_seconds in the cluster file"),
+    (["train", "output=a", "--chain", "2", "--sbatch", "dependency=afterok:1"], "the job has it already"),
+    (["train", "output=a", "--partition", "a", "--sbatch", "partition=b"], "the job has it already"),
+    (["train", "output=a", "--wait"], "give it with --submit"),
     (["train", "output=a", "--nodes", "0"], "no whole number above 0"),
     (["train", "output=a", "--time", "3"], "leaves no time to train"),
     (["train", "output=runs/lr:1"], "a path with a colon"),
@@ -113,7 +120,9 @@ def test_contradictions_are_refused(arguments: list[str], words: str) -> None:
     ("container:\n  runtime: docker\n", "container.runtime is 'docker'"),
     ("container:\n  runtime: pyxis\n", "container.image is empty"),
     ("time_limit: soon\n", "time_limit is 'soon'"), ("time_limit: 12:00:00\n", "must be text: write it in quotes"),
-    ("srun_options: [-x]\n", "srun_options holds '-x'"), ("environment: [a]\n", "must hold names and values"),
+    ("srun_options: [-x]\n", "srun_options holds '-x'"),
+    ("container:\n  runtime: pyxis\n  image: a.sqsh\n", "give the file's whole path"),
+    ("environment: [a]\n", "must hold names and values"),
     ("environment:\n  A B: c\n", "is no name of a variable"), ("environment:\n  A: 1\n", "environment.A is 1"),
     ("gpu_option: magic\n", "gpu_option is 'magic'"), ("signal_seconds: 0\n", "signal_seconds"),
 ])
