@@ -46,6 +46,8 @@ COMMANDS = (
     Command("slurm", "grn_scale.slurm.command", "submit jobs to a Slurm cluster, and look after them",
             "grn-scale slurm train --cluster site.yaml --config configs/runs/demo.yaml data.dataset=tokens/ "
             "output=runs/first --nodes 2 --submit"),
+    Command("scaling", "grn_scale.tools.scaling", "measure how runs scale, as Slurm jobs; fit scaling laws",
+            "grn-scale scaling generate --config study.yaml output=studies/first"),
     Command("train-tokenizer", "grn_scale.tokenizer.training", "train a video tokenizer",
             "grn-scale train-tokenizer --config configs/tokenizer/small.yaml data.manifest=a.jsonl output=runs/tok"),
     Command("sample", "grn_scale.sampling.command", "sample videos from a checkpoint",

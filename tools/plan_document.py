@@ -77,20 +77,28 @@ def remedies(config: Config, machine: Machine) -> dict[str, Any]:
                      key=lambda each: (each[0].distance, -each[1]))
     least = min(found, key=lambda each: each[1], default=None)
     return {"nearest": [{"settings": list(layout.settings), "most_bytes": size} for layout, size in fitting[:NEAREST]],
-            "smallest": least and {"settings": list(least[0].settings), "most_bytes": least[1]}}
+            "smallest": least and {"settings": list(least[0].settings), "most_bytes": least[1]},
+            "batch": "data.packs_per_step", "length": "data.token_budget"}
 
 
 def time_document(config: Config, machine: Machine, step: StepTime, tokens: float | None,
                   price: float | None) -> dict[str, Any]:
-    """Throughput, and what a token target costs, as plain values."""
-    rate = step.tokens / step.seconds
-    return {"step_seconds": step.seconds, "parts": step.parts, "hidden": step.hidden, "tokens_per_step": step.tokens,
-            "tokens_per_second": rate, "tokens_per_second_per_gpu": rate / machine.gpus,
-            "mfu": step.share_of_peak(step.flops, machine), "hfu": step.share_of_peak(step.hardware_flops, machine),
+    """Throughput of a GRN step, and what a token target costs."""
+    return throughput(step.seconds, step.parts, step.hidden, step.tokens, machine.gpus,
+                      step.share_of_peak(step.flops, machine), step.share_of_peak(step.hardware_flops, machine),
+                      tokens, price)
+
+
+def throughput(seconds: float, parts: dict[str, float], hidden: dict[str, float], step_tokens: float, gpus: int,
+               mfu: float, hfu: float, tokens: float | None, price: float | None) -> dict[str, Any]:
+    """A step's time, and what a target of `tokens` takes and costs at `price` for a GPU hour, as plain values."""
+    rate = step_tokens / seconds
+    return {"step_seconds": seconds, "parts": parts, "hidden": hidden, "tokens_per_step": step_tokens,
+            "tokens_per_second": rate, "tokens_per_second_per_gpu": rate / gpus, "mfu": mfu, "hfu": hfu,
             "target_tokens": tokens, "days": tokens and tokens / rate / DAY,
-            "gpu_hours_per_1e9_tokens": 1e9 / rate * machine.gpus / 3600,
-            "cost_per_1e9_tokens": price and 1e9 / rate * machine.gpus / 3600 * price,
-            "cost": price and tokens and tokens / rate * machine.gpus / 3600 * price}
+            "gpu_hours_per_1e9_tokens": 1e9 / rate * gpus / 3600,
+            "cost_per_1e9_tokens": price and 1e9 / rate * gpus / 3600 * price,
+            "cost": price and tokens and tokens / rate * gpus / 3600 * price}
 
 
 def _assumed(config: Config) -> list[str]:
@@ -118,16 +126,18 @@ def console() -> Console:
 def show(result: dict[str, Any]) -> None:
     """Print the plan."""
     out = console()
-    out.print(f"{result['gpus']} x {result['gpu']} ({result['nodes']} nodes of {result['gpus_per_node']}): "
+    out.print(f"{result['gpus']} x {result['gpu']} ({result['nodes']} node{'s' * (result['nodes'] > 1)} of "
+              f"{result['gpus_per_node']}): "
               f"{result['layout']}", soft_wrap=True)
     show_memory(out, result["stages"])
     show_verdict(out, result["verdict"])
-    out.print(f"host memory of a node, which is not judged: {result['host_bytes_per_node'] / 1e9:.1f} GB beside what "
-              "processes and data loading take", soft_wrap=True)
+    if result["host_bytes_per_node"] is not None:
+        out.print(f"host memory of a node, which is not judged: {result['host_bytes_per_node'] / 1e9:.1f} GB beside "
+                  "what processes and data loading take")
     show_time(out, result["time"])
     if "exact" in result:
         show_exact(out, result["exact"])
-    out.print("\nassumed:", *(f"  {words}" for words in result["assumed"]), sep="\n", soft_wrap=True)
+    out.print("\nassumed:", *(f"  {words}" for words in result["assumed"]), sep="\n", markup=False)
 
 
 def show_memory(out: Console, stages: list[dict[str, Any]]) -> None:
@@ -138,12 +148,13 @@ def show_memory(out: Console, stages: list[dict[str, Any]]) -> None:
     if len(stages) > MOST_STAGES:
         fullest = max(stages, key=lambda each: max(each["phases"].values()))["stage"]
         stages = [stages[number] for number in sorted({0, 1, fullest, len(stages) - 1})]
-    table = Table("GB", *(f"stage {each['stage']}" for each in stages), box=box.SIMPLE, pad_edge=False,
-                  title="\nwhat a rank of each pipeline stage holds", title_justify="left")
+    out.print("\nwhat a rank of each pipeline stage holds")
+    table = Table("GB", *(each.get("name", f"stage {each.get('stage')}") for each in stages), box=box.SIMPLE,
+                  pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
     table.add_row("ranks alike", *(str(each["ranks"]) for each in stages))
-    for name in CATEGORIES:
+    for name in stages[0]["bytes"]:
         label = "peak of tensors in a step" if name == "peak" else name
         table.add_row(label, *_gigabytes(each["bytes"][name] for each in stages), end_section=name == "peak")
     for name in stages[0]["beside"]:
@@ -175,24 +186,29 @@ def show_verdict(out: Console, verdict: dict[str, Any]) -> None:
 
 def nothing_fits(verdict: dict[str, Any]) -> str:
     """What to do where no layout fits."""
-    least = verdict["smallest"]
+    least, batch, length = verdict["smallest"], verdict["batch"], verdict["length"]
     if least is None:
-        return ("no layout is legal on so many GPUs: data.packs_per_step and the degrees must divide them; take other "
-                "--nodes, or another data.packs_per_step")
+        return (f"no layout is legal on so many GPUs: {batch} and the degrees must divide them; take other --nodes, or "
+                f"another {batch}")
     return (f"no layout fits on so many GPUs: the smallest takes {least['most_bytes'] / 1e9:.1f} GB "
             f"({' '.join(least['settings']) or 'the one given'}); take more --nodes, GPUs with more memory (--gpu), a "
-            "smaller data.token_budget or a smaller model")
+            f"smaller {length} or a smaller model")
 
 
 def show_time(out: Console, time: dict[str, Any]) -> None:
     """Print the step's parts and what follows from them."""
-    seconds = time["step_seconds"]
-    parts = sorted(time["parts"].items(), key=lambda part: -part[1])
-    out.print(f"\na step takes {seconds:.3g} s: " + ", ".join(
-        f"{name} {value:.3g} s ({value / seconds:.1%})" for name, value in parts), soft_wrap=True)
-    if time["hidden"]:
-        out.print("hidden behind computation: " + ", ".join(
-            f"{name} {value:.3g} s" for name, value in time["hidden"].items()), soft_wrap=True)
+    from rich import box
+    from rich.table import Table
+
+    seconds, hidden = time["step_seconds"], time["hidden"]
+    out.print(f"\na step takes {seconds:.3g} s")
+    table = Table("part", "seconds", "share", "hidden behind computation", box=box.SIMPLE, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name in sorted(time["parts"] | hidden, key=lambda part: -time["parts"].get(part, 0.0)):
+        value = time["parts"].get(name, 0.0)
+        table.add_row(name, f"{value:.3g}", f"{value / seconds:.1%}", f"{hidden[name]:.3g}" if name in hidden else "")
+    out.print(table)
     out.print(f"{time['tokens_per_second']:,.0f} tokens/s ({time['tokens_per_second_per_gpu']:,.0f} a GPU), MFU "
               f"{time['mfu']:.1%}, HFU {time['hfu']:.1%}; {time['gpu_hours_per_1e9_tokens']:,.1f} GPU hours for 10^9 "
               "tokens" + (f", {time['cost_per_1e9_tokens']:,.0f} at the price given" if time["cost_per_1e9_tokens"]

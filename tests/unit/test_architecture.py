@@ -19,6 +19,7 @@ ARROWS = {
     "config": set(),
     "perf": set(),
     "planning": {"perf"},
+    "studies": {"command_line"},
     "model": set(),
     "tokenizer": set(),
     "checkpoint": set(),

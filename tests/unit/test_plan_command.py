@@ -107,6 +107,74 @@ def test_the_search_ranks_layouts_that_fit_and_explains_the_first(capsys):
     assert "legal layouts fit" in capsys.readouterr().out
 
 
+def test_what_the_dry_run_cannot_check_is_ranked_apart(capsys):
+    result = planned(capsys, "--search")
+    assert not any(each["estimated"] for each in result["layouts"])
+    assert result["estimated"]["estimated"] and any("ranked apart" in sentence for sentence in result["why"])
+    assert "ZeRO-3" in result["estimated"]["layout"]
+
+
+DENSE = ["plan", "--dense", "configs/planner/llama3_8b.yaml", "--gpu", "H100", "--gpus-per-node", "8"]
+
+
+def dense(capsys, *arguments: str, code: int = 0) -> dict:
+    assert main([*DENSE, *arguments, "--json"]) == code
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_dense_transformer_is_planned_from_its_figures(capsys):
+    result = dense(capsys, "--nodes", "8", "--tokens", "1e12", "--price", "2")
+    (stage,), time = result["stages"], result["time"]
+    assert result["parameters"] == 8_030_261_248 and result["verdict"]["fits"]
+    assert stage["phases"]["step"] == stage["bytes"]["peak"] + sum(stage["beside"].values())
+    assert stage["bytes"]["weights"] == pytest.approx(2 * 8.03e9 / 2, rel=0.01)
+    assert time["step_seconds"] == pytest.approx(sum(time["parts"].values()), rel=1e-6)
+    assert time["tokens_per_second"] * time["step_seconds"] == pytest.approx(512 * 8192)
+    assert time["cost"] == pytest.approx(1000 * time["cost_per_1e9_tokens"])
+    full = dense(capsys, "--nodes", "8", "recompute=full")["time"]
+    assert full["hfu"] > full["mfu"] and full["mfu"] < time["mfu"] == time["hfu"]
+    assert dense(capsys, "--nodes", "8", "causal=false")["time"]["parts"]["attention"] > time["parts"]["attention"]
+    assert main([*DENSE, "--nodes", "8"]) == 0
+    text = capsys.readouterr().out
+    for words in ("fullest rank", "fragmentation", "GPU, phase save", "fits:", "matrix products", "tokens/s"):
+        assert words in text, words
+
+
+def test_the_dense_search_ranks_layouts_that_its_settings_make(capsys):
+    result = dense(capsys, "--nodes", "2", "--search")
+    times = [each["time"]["step_seconds"] for each in result["layouts"]]
+    assert times == sorted(times) and 0 < result["fitting"] < result["legal"]
+    again = dense(capsys, "--nodes", "2", *result["layouts"][0]["settings"])
+    assert again["time"]["step_seconds"] == pytest.approx(times[0]) and again["verdict"]["fits"]
+    assert any(sentence.startswith("other degrees") for sentence in result["why"])
+
+
+def test_a_dense_layout_that_does_not_fit_is_told_the_nearest_that_do(capsys):
+    settings = ["tp=1", "micro_batch=8"]
+    verdict = dense(capsys, *settings, code=1)["verdict"]
+    assert verdict["nearest"]
+    for near in verdict["nearest"]:
+        again = dense(capsys, *settings, *near["settings"])["verdict"]
+        assert again["fits"] and again["most_bytes"] == near["most_bytes"]
+    assert main([*DENSE, "seq_len=2000000", "global_batch=1", "--search"]) == 1
+    assert "smaller seq_len" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["tp=3"], "8 GPUs do not divide by tp x pp x cp"), (["dp=3"], "dp is 3, but 8 GPUs"),
+    (["--nodes", "3"], "global_batch=516 is the nearest"), (["layers=0"], "layers is 0, but must be at least 1"),
+    (["kv_heads=-1"], "kv_heads is -1"), (["ttp=1"], "did you mean tp?"), (["pp=3"], "8 GPUs do not divide"),
+    (["pp=2", "zero=2"], "zero=2 does not go with pp=2"), (["vpp=2"], "vpp is 2, but without a pipeline"),
+    (["recompute=some"], "recompute 'some'"), (["--exact"], "--exact is for a GRN model"),
+    (["--config", "configs/runs/grn_8b.yaml"], "give one of them"),
+    (["--dense", "absent.yaml"], "--dense: cannot read"),
+    (["seq_len=8191", "cp=2"], "seq_len (8191) must be a multiple of cp"),
+    (["tp=4", "pp=2", "vpp=2", "global_batch=7"], "7 micro-batches")])
+def test_a_bad_dense_run_is_refused_with_a_remedy(capsys, arguments, words):
+    assert main([*DENSE, *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_every_layout_of_the_search_is_legal_and_its_settings_make_it():
     config = load_config("configs/runs/grn_8b.yaml", [])
     layouts = list(legal_layouts(config, 64, 8))
@@ -120,7 +188,7 @@ def test_every_layout_of_the_search_is_legal_and_its_settings_make_it():
 def test_more_memory_never_leaves_fewer_layouts():
     config = load_config("configs/runs/grn_8b.yaml", [])
     small, large = (ranked(config, find_machine(config, gpu, 16, 8))[0] for gpu in ("A100-40GB", "A100-80GB"))
-    assert len(small) < len(large) and small[0].step.seconds >= large[0].step.seconds
+    assert len(small) < len(large) and small[0].seconds >= large[0].seconds
 
 
 def test_times_follow_the_closed_forms():
