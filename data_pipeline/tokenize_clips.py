@@ -31,7 +31,6 @@ from grn_scale.command_line import CommandParser, config_yaml, run, start_loggin
 from grn_scale.config.check import check_output, check_set
 from grn_scale.config.class_schema import SCHEMAS
 from grn_scale.config.schema import Config
-from grn_scale.data_pipeline.caption_sample import sample_captions
 from grn_scale.data_pipeline.environment import environment
 from grn_scale.data_pipeline.estimate import estimate_texts
 from grn_scale.data_pipeline.finish import (
@@ -44,6 +43,7 @@ from grn_scale.data_pipeline.finish import (
 from grn_scale.data_pipeline.fleet import run_workers
 from grn_scale.data_pipeline.fleet_status import fleet_status, shown
 from grn_scale.data_pipeline.job import Job, begin_generation, claim_folder, open_job
+from grn_scale.data_pipeline.manifest_sample import sample_manifest
 from grn_scale.data_pipeline.records import Records
 from grn_scale.data_pipeline.retries import ask_for_retry, ask_for_returned, asked_for
 from grn_scale.data_pipeline.settings import text_settings, video_settings
@@ -70,7 +70,8 @@ def tokenize(config: Config, *, retry_quarantined: bool = False, accept_environm
     """
     storage, manifest = Storage.of(config.output), Path(config.data.manifest).absolute()
     tokenizer, texts = check_before_start(config)
-    estimate = estimate_texts(*sample_captions(manifest), texts, config.model.task_tags)
+    clips, lines = sample_manifest(manifest)
+    estimate = estimate_texts([clip.captions if clip else () for clip in clips], lines, texts, config.model.task_tags)
     log.info(estimate.describe(config.text))
     video = video_settings(config, tokenizer)
     command = _command()

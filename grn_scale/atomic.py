@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ def atomic_file(path: str | Path, *, durable: bool = True) -> Iterator[BinaryIO]
     where several processes on several machines write the same file. Raises UserError where the disk is full.
     """
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{_HOST}-{os.getpid()}-{next(_writes)}{PARTIAL}")
+    temporary = partial_name(path)
     try:
         with open(temporary, "wb") as stream:
             yield stream
@@ -50,18 +51,35 @@ def atomic_file(path: str | Path, *, durable: bool = True) -> Iterator[BinaryIO]
         raise
 
 
+def partial_name(path: Path) -> Path:
+    """A name beside `path` for what becomes it once it is complete, of this writer alone."""
+    return path.with_name(f"{path.name}.{_HOST}-{os.getpid()}-{next(_writes)}{PARTIAL}")
+
+
 def intended_name(name: str) -> str:
     """Name that a file was to get which a killed writer left behind; any other name as it is."""
     leftover = _LEFTOVER.fullmatch(name)
     return leftover["name"] if leftover else name
 
 
-def remove_leftovers(folder: str | Path) -> None:
-    """Remove what writers of this machine that were killed left in a folder; other machines' files stay."""
+def remove_leftovers(folder: str | Path, name: str | None = None) -> None:
+    """Remove what writers of this machine that were killed left in a folder, files and folders; other machines' stay.
+
+    name: what they were to become; None: anything.
+    """
     for path in Path(folder).glob(f"*{PARTIAL}"):
         leftover = _LEFTOVER.fullmatch(path.name)
-        if leftover and leftover["host"] == _HOST and not _alive(int(leftover["pid"])):
-            path.unlink(missing_ok=True)
+        if (leftover and name in (None, leftover["name"]) and leftover["host"] == _HOST
+                and not _alive(int(leftover["pid"]))):
+            remove_partial(path)
+
+
+def remove_partial(path: Path) -> None:
+    """Remove what a writer did not finish, a file or a folder; nothing where it is gone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _alive(pid: int) -> bool:

@@ -157,7 +157,7 @@ if [[ -e $stopped ]]; then leave 78 drop "not started: $(< "$stopped")"; fi
 grep --quiet --line-regexp "$job" "$records/job-ids" 2> /dev/null || echo "$job" >> "$records/job-ids"
 count_start
 record start "\"nodes\": \"$SLURM_JOB_NODELIST\""
-mkdir -p "$logs" "$checks"
+mkdir -p "$logs"
 
 GRN_SCALE_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')
 MASTER_ADDR=$(scontrol --oneliner show node "${GRN_SCALE_NODES%% *}" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
@@ -170,6 +170,7 @@ export GRN_SCALE_NODES MASTER_ADDR MASTER_PORT SLURM_JOB_END_TIME
 say "start $restart of job $id on $SLURM_JOB_NODELIST; processes meet at $MASTER_ADDR:$MASTER_PORT; logs in $logs"
 
 if ((${#preflight[@]})); then
+    mkdir -p "$checks"
     attend "${preflight[@]}" --records "$checks"
     fit=$?
     failed=()

@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import shlex
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,10 @@ if TYPE_CHECKING:
     from grn_scale.slurm.script import Job
 
 log = logging.getLogger("grn_scale")
+_LIST = "conversions.txt"
 _LONGEST_PATH = 4096
+_MOST_FOLDERS = 16
+"""Of clips that a container gets to see one by one; of more, what holds them."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +39,10 @@ class Request:
     kind: str
     run: str
     """Where it writes: absolute path or URL."""
-    config: str
-    """Text of the resolved configuration; empty where the command has none, or takes that of a run."""
-    paths: tuple[str, ...]
-    """Files and folders that it names, which a container must see."""
+    files: Mapping[str, str]
+    """Name -> text of what the command reads in the folder of the submission: its resolved configuration, its list."""
+    paths: Callable[[], Iterable[str]]
+    """Files and folders that it reads, absolute, which a container must see."""
     command: Callable[[Path], tuple[str, ...]]
     """Arguments of grn-scale, given the folder of the submission."""
     check: Callable[[Job], None]
@@ -130,7 +134,19 @@ def _tokenize(argv: list[str]) -> Request:
             raise ConfigError(f"data.manifest: there is no file {config.data.manifest}")
 
     flags = ["--retry-quarantined"] * options.retry_quarantined + ["--accept-environment"] * options.accept_environment
-    return _of_config("tokenize", config, check, *flags)
+    request = _of_config("tokenize", config, check, *flags)
+    return dataclasses.replace(request, paths=lambda: [*request.paths(), *_clip_folders(Path(config.data.manifest))])
+
+
+def _clip_folders(manifest: Path) -> set[str]:
+    """Folders there that hold the clips of a manifest, judged by a sample of its lines."""
+    from grn_scale.data_pipeline.manifest_sample import sample_manifest
+
+    clips = sample_manifest(manifest.absolute())[0] if manifest.is_file() else []
+    folders = {clip.path.parent for clip in clips if clip}
+    while len(folders) > _MOST_FOLDERS and (deepest := max(len(folder.parts) for folder in folders)) > 2:
+        folders = {folder.parent if len(folder.parts) == deepest else folder for folder in folders}
+    return {str(folder) for folder in folders if folder.is_dir()}
 
 
 def _evaluate(argv: list[str]) -> Request:
@@ -169,12 +185,16 @@ def _convert(argv: list[str]) -> Request:
         if Path(options.output).exists():
             raise ConfigError(f"--output: {options.output} exists; convert writes what is not there yet")
 
-    return Request("convert", _where(options.output), "", tuple(_paths(None, options)),
-                   lambda folder: ("convert", *argv), check, alone=True)
+    line = shlex.join(argv)
+    if "\n" in line:
+        raise ConfigError("a line break in an argument of convert cannot be kept for a job: use another name")
+    # as a list of one: a start after a kill then removes what the one before had begun
+    return Request("convert", _where(options.output), {_LIST: f"{line}\n"}, lambda: _paths(None, options),
+                   lambda folder: ("convert", "--list", str(folder / _LIST)), check, alone=True)
 
 
 def _convert_many(argv: list[str]) -> Request:
-    from grn_scale.convert.command import conversions, list_parser
+    from grn_scale.convert.command import command_parser, conversions, list_parser
 
     options = list_parser().parse_options(argv)
     lines = conversions(options.list)
@@ -184,13 +204,18 @@ def _convert_many(argv: list[str]) -> Request:
             if not line.request.input.exists():
                 raise ConfigError(f"{options.list}:{line.number}: there is no {line.request.input}")
 
-    named = {folder for line in lines for folder in (line.request.input, line.request.output.parent)}
-    return Request("convert", _where(options.list), "", (_where(options.list), *sorted(map(_where, map(str, named)))),
-                   lambda folder: ("convert", *argv), check, shared=True, alone=True)
+    def paths() -> Iterator[str]:
+        yield _where(options.list)
+        for line in lines:
+            yield _where(str(line.request.output.parent))
+            yield from _paths(None, command_parser().parse_options(line.arguments))
+
+    return Request("convert", _where(options.list), {}, paths, lambda folder: ("convert", *argv), check, shared=True,
+                   alone=True)
 
 
 def _of_config(kind: str, config: Any, check: Callable[[Job], None], *flags: str, options: Any = None) -> Request:
-    return Request(kind, _where(config.output), config_yaml(config), tuple(_paths(config, options)),
+    return Request(kind, _where(config.output), {CONFIG: config_yaml(config)}, lambda: _paths(config, options),
                    lambda folder: (kind, "--config", str(folder / CONFIG), *flags), check,
                    shared=kind == "tokenize", alone=kind == "tokenize")
 

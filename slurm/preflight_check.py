@@ -14,7 +14,7 @@ from typing import Any
 from grn_scale.command_line import CommandParser, os_error_message
 from grn_scale.errors import UserError
 
-OK, FAILED, SKIPPED = "ok", "failed", "skipped"
+OK, WARNING, FAILED, SKIPPED = "ok", "warning", "failed", "skipped"
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,8 @@ class Passed:
     detail: str
     measured: dict[str, float] = field(default_factory=dict)
     """Figures of the check, units in their names."""
+    warning: str = ""
+    """What is odd, but no reason not to start."""
 
 
 class Skipped(Exception):
@@ -42,7 +44,7 @@ class Result:
 
     check: str
     state: str
-    """ok, failed or skipped."""
+    """ok, warning, failed or skipped."""
     detail: str
     seconds: float
     remedy: str = ""
@@ -52,7 +54,7 @@ class Result:
 
     def line(self, node: str) -> str:
         """For people."""
-        state = self.state if self.state != FAILED else "FAILED"
+        state = self.state.upper() if self.state in (WARNING, FAILED) else self.state
         remedy = f"; {self.remedy}" if self.remedy else ""
         return f"{node}: {self.check:<11} {state:<7} {self.detail}{remedy} ({self.seconds:.1f} s)".replace("\n", " ")
 
@@ -117,7 +119,8 @@ def judge(name: str, check: Check) -> Result:
     except Exception as error:  # whatever a driver or library does is a finding about this node, and the others follow
         message = os_error_message(error) if isinstance(error, OSError) else None
         return result(FAILED, message or f"{type(error).__name__}: {error}")
-    return result(OK, passed.detail, measured=passed.measured)
+    detail = f"{passed.warning}; {passed.detail}" if passed.warning else passed.detail
+    return result(WARNING if passed.warning else OK, detail, measured=passed.measured)
 
 
 def arguments(program: str, description: str) -> CommandParser:

@@ -20,7 +20,8 @@ _DRIVER = re.compile(r"Module\s+(?:for\s+\S+\s+)?(\d+(?:\.\d+)+)")
 
 
 def check_devices(wanted: int) -> Passed:
-    """Each of at least `wanted` CUDA devices computes a product; none has reported lost memory, or is in use."""
+    """Each of at least `wanted` CUDA devices computes a product; none has memory that cannot be replaced, or is in
+    use. One that has counted uncorrectable errors goes on working: a warning."""
     if not wanted:
         raise Skipped("no GPUs are asked for")
     import torch
@@ -36,11 +37,11 @@ def check_devices(wanted: int) -> Passed:
         raise Failed(f"{wanted} devices are asked for, torch {torch.__version__} sees {count} (driver "
                      f"{driver or 'not found'})", "look at nvidia-smi and CUDA_VISIBLE_DEVICES on the node")
     problems = [problem for device in range(wanted) if (problem := _problem(device))]
-    lost, unknown = memory_errors({str(torch.cuda.get_device_properties(device).uuid) for device in range(wanted)})
+    lost, odd, unknown = memory_errors({str(torch.cuda.get_device_properties(device).uuid) for device in range(wanted)})
     if problems or lost:
         raise Failed("; ".join([*problems, *lost]), "exclude the node and have it looked at")
     names = sorted({torch.cuda.get_device_name(device) for device in range(wanted)})
-    return Passed(f"{wanted} x {', '.join(names)}, driver {driver or 'unknown'}{unknown}")
+    return Passed(f"{wanted} x {', '.join(names)}, driver {driver or 'unknown'}{unknown}", warning="; ".join(odd))
 
 
 def _problem(device: int) -> str:
@@ -73,18 +74,18 @@ def driver_version() -> str:
     return rows[0][0] if rows else ""
 
 
-def memory_errors(devices: set[str]) -> tuple[list[str], str]:
-    """(a sentence for each device with lost memory, what was not looked at), by nvidia-smi.
+def memory_errors(devices: set[str]) -> tuple[list[str], list[str], str]:
+    """(a sentence for each device with lost memory, for each that had errors, what was not looked at), by nvidia-smi.
 
     devices: UUIDs without their prefix. Of others (a node need not hide them) nothing is said.
     """
     errors = _of(devices, "--query-gpu=uuid,ecc.errors.uncorrected.volatile.total")
     remapped = _of(devices, "--query-remapped-rows=gpu_uuid,remapped_rows.failure")
-    lost = [f"{uuid} has {count} uncorrectable memory errors since its driver was loaded"
-            for uuid, count in errors if count.isdecimal() and int(count)]
-    lost += [f"{uuid} has no rows left to replace bad memory with"
-             for uuid, failure in remapped if failure in ("1", "Yes")]
-    return lost, "" if errors else "; memory errors not looked at: nvidia-smi says nothing about these devices"
+    odd = [f"{uuid} has {count} uncorrectable memory errors since its driver was loaded; a reset replaces bad rows"
+           for uuid, count in errors if count.isdecimal() and int(count)]
+    lost = [f"{uuid} has no rows left to replace bad memory with"
+            for uuid, failure in remapped if failure in ("1", "Yes")]
+    return lost, odd, "" if errors else "; memory errors not looked at: nvidia-smi says nothing about these devices"
 
 
 def _of(devices: set[str], query: str) -> list[list[str]]:

@@ -24,12 +24,14 @@ import shutil
 import socket
 import subprocess
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grn_scale
 from grn_scale.atomic import write_bytes, write_json
+from grn_scale.config.cluster import Container
 from grn_scale.errors import UserError
 from grn_scale.slurm.script import Job
 
@@ -39,6 +41,8 @@ CONFIG = "config.yaml"
 CODE = "code"
 JOB_IDS = "job-ids"
 LOGS = "logs"
+VERSIONS = "versions.json"
+"""Beside the logs of a start: what its processes run with."""
 CANCELLED = "cancelled"
 STOPPED = "stopped"
 _NUMBER = re.compile(r"\d{4,}")
@@ -51,7 +55,8 @@ class Submission:
     folder: Path
     facts: dict[str, Any]
     """submission.json: kind, name, run, command, nodes, processes_per_node, processes, gpus_per_node, array, chain,
-    time_limit, cluster, submitted (Unix time), host, user, git, versions."""
+    time_limit, cluster, submitted (Unix time), host, user, git, versions (of the submitting environment; each
+    start leaves those of its processes beside their logs), image (of a container; null without)."""
 
     @classmethod
     def read(cls, folder: Path) -> Submission:
@@ -110,22 +115,23 @@ def next_folder(parent: Path) -> Path:
     return parent / f"{max(numbers, default=0) + 1:04d}"
 
 
-def write_submission(job: Job, script: str, config: str) -> None:
+def write_submission(job: Job, script: str, files: Mapping[str, str]) -> None:
     """Make the folder of a submission with everything that the job needs.
 
-    config: text of the resolved configuration; empty where there is none. FileExistsError where the folder exists:
+    files: name -> text of what its command reads there. FileExistsError where the folder exists:
     another submission took the number.
     """
     job.records.mkdir(parents=True)
     (job.records / LOGS).mkdir()  # sbatch makes no folders
     copy_code(job.records / CODE)
-    if config:
-        write_bytes(job.records / CONFIG, config.encode())
+    for name, text in files.items():
+        write_bytes(job.records / name, text.encode())
     facts = {"kind": job.kind, "name": job.name, "run": job.run, "command": list(job.command), "nodes": job.nodes,
              "processes_per_node": job.processes_per_node, "processes": job.processes,
              "gpus_per_node": job.gpus_per_node, "array": job.array or None, "chain": job.chain,
              "time_limit": job.time_limit, "cluster": job.cluster.name, "submitted": round(time.time(), 3),
-             "host": socket.gethostname(), "user": getpass.getuser(), "git": git_state(), "versions": versions()}
+             "host": socket.gethostname(), "user": getpass.getuser(), "git": git_state(), "versions": versions(),
+             "image": image_state(job.cluster.container)}
     write_json(job.records / SUBMISSION, facts)
     write_bytes(job.records / SCRIPT, script.encode())
 
@@ -154,8 +160,18 @@ def git_state() -> dict[str, Any] | None:
     return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())} if commit.returncode == 0 else None
 
 
+def image_state(container: Container) -> dict[str, Any] | None:
+    """A container's image, with size and time of the file where it is one; None without a container."""
+    if container.runtime == "none":
+        return None
+    path = Path(container.image)
+    facts = path.stat() if path.exists() else None
+    return {"runtime": container.runtime, "image": container.image, "bytes": facts and facts.st_size,
+            "modified": facts and round(facts.st_mtime, 3)}
+
+
 def versions() -> dict[str, str]:
-    """Every installed distribution and the interpreter, as the submitting environment has them."""
+    """Every installed distribution and the interpreter, as this process's environment has them."""
     found = {each.metadata["Name"]: each.version for each in importlib.metadata.distributions()}
     return {"python": platform.python_version(), **dict(sorted(found.items()))}
 

@@ -206,9 +206,12 @@ def _variables(job: Job) -> list[tuple[str, str]]:
     if job.cluster.scratch:
         values["TMPDIR"] = job.cluster.scratch
     # the code of the job's folder, also where the working folder is a checkout
-    code = shlex.quote(str(job.records / "code"))
-    return [*((name, shlex.quote(value)) for name, value in values.items()),
-            ("PYTHONSAFEPATH", "1"), ("PYTHONPATH", f"{code}${{PYTHONPATH:+:$PYTHONPATH}}")]
+    code, bare = shlex.quote(str(job.records / "code")), job.cluster.container.runtime == "none"
+    if not bare:  # what the login shell or the home folder holds is for another interpreter than the image's
+        code = shlex.quote(":".join([str(job.records / "code"), *filter(None, [values.pop("PYTHONPATH", "")])]))
+        values["PYTHONNOUSERSITE"] = "1"
+    return [*((name, shlex.quote(value)) for name, value in values.items()), ("PYTHONSAFEPATH", "1"),
+            ("PYTHONPATH", f"{code}${{PYTHONPATH:+:$PYTHONPATH}}" if bare else code)]
 
 
 def _array(name: str, words: Sequence[str]) -> str:

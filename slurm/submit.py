@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from grn_scale.atomic import append_line
@@ -62,7 +63,7 @@ def main(kind: str, argv: list[str]) -> int:
     request.check(job)
     if options.dry_run:
         return try_script(script)
-    submit(job, script, request.config)
+    submit(job, script, request.files)
     return wait_for(job.records) if options.wait else 0
 
 
@@ -119,7 +120,8 @@ def job_of(request: Request, cluster: Cluster, options: argparse.Namespace) -> J
         mounts=() if container.runtime == "none" else mounts_of(
             request, records, working, (*container.mounts, *filter(None, [cluster.scratch]))),
         # where processes have to meet; a worker of tokenization fails alone, and soon
-        config=records / CONFIG if request.kind in ("train", "evaluate") else None,
+        config=records / CONFIG if request.kind in ("train", "evaluate") and cluster.preflight and not
+        options.no_preflight else None,
         array=elements, at_once=options.array[1], chain=options.chain, start_limit=options.start_limit,
         exclude_failed=options.exclude_failed_nodes, torchrun=options.torchrun, sbatch=tuple(options.sbatch))
 
@@ -128,11 +130,10 @@ def mounts_of(request: Request, records: Path, working: Path, site: tuple[str, .
     """What a container must see, each folder once and none inside another: the site's mounts, the working folder, the
     output, and every path that the command names."""
     run = [] if "://" in request.run else [str(Path(request.run).parent)]
-    found = [*site, *sorted({str(working), str(records.parent.parent), *run,
-                             *(path if Path(path).is_dir() else str(Path(path).parent) for path in request.paths),
-             # what a symbolic link leads to has to be there, too
-             *(str(Path(path).resolve() if Path(path).is_dir() else Path(path).resolve().parent)
-               for path in request.paths)}, key=len)]
+    named = [Path(path) for path in request.paths()]
+    # what a symbolic link leads to has to be there, too
+    folders = {path if path.is_dir() else path.parent for each in named for path in (each, each.resolve())}
+    found = [*site, *sorted({str(working), str(records.parent.parent), *run, *map(str, folders)}, key=len)]
     kept: list[str] = []
     for mount in found:
         if not any(mount == other or mount.startswith(f"{other.rstrip('/')}/") for other in kept if ":" not in other):
@@ -158,13 +159,13 @@ def try_script(script: str) -> int:
     return 0 if done.returncode == 0 else EXIT_FAILED
 
 
-def submit(job: Job, script: str, config: str) -> list[str]:
+def submit(job: Job, script: str, files: Mapping[str, str]) -> list[str]:
     """Slurm's numbers of the submitted jobs. UserError where sbatch refuses; the records stay to look at."""
     if shutil.which("sbatch") is None:
         raise UserError("there is no sbatch on PATH: submit from a login node of the cluster, or look at the script "
                         "with --print")
     refuse_second(job)
-    write_submission(job, script, config)
+    write_submission(job, script, files)
     numbers: list[str] = []
     for _ in range(job.chain):
         # on all before: where one has done the work, the rest is dropped, and a dropped job counts as one that failed
@@ -275,6 +276,7 @@ def _parser(kind: str) -> CommandParser:
                         "row that crashed without progress (default: 3)")
     parser.add_argument("--exclude-failed-nodes", action="store_true", help="go back into the queue without the "
                         "nodes that fail the preflight")
+    parser.add_argument("--no-preflight", action="store_true", help="start without looking at the nodes before")
     parser.add_argument("--torchrun", action="store_true", help="one torchrun a node starts the processes, not srun")
     return parser
 

@@ -15,10 +15,12 @@ import socket
 import sys
 from pathlib import Path
 
+from grn_scale.atomic import write_json
 from grn_scale.cli import dispatch
 from grn_scale.command_line import run
 from grn_scale.errors import EXIT_FAILED
 from grn_scale.parallel.dims import adopt_srun
+from grn_scale.slurm.records import VERSIONS, versions
 
 
 def main(argv: list[str]) -> int:
@@ -34,6 +36,8 @@ def main(argv: list[str]) -> int:
         adopt_srun()
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     write_into(options.rank_logs / f"rank-{rank:05d}.log")
+    if rank == 0:
+        write_json(options.rank_logs / VERSIONS, versions())
     code = EXIT_FAILED  # of an error that leaves a traceback
     try:
         code = run(dispatch, options.command)

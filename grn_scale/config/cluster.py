@@ -86,6 +86,8 @@ class Cluster:
     """Variables of all processes: interconnect, NCCL, proxies."""
     scratch: str = ""
     """Folder of fast local storage that every node has, as TMPDIR of the processes."""
+    preflight: bool = True
+    """Whether the nodes of a training or evaluation are looked at before it starts."""
     minimum_bandwidth: float = 0.0
     """GB/s that an all-reduce between the nodes must reach before training starts; 0: it is only recorded."""
     container: Container = field(default_factory=Container)

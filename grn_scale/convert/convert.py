@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from grn_scale.atomic import PARTIAL
+from grn_scale.atomic import partial_name, remove_leftovers, remove_partial
 from grn_scale.checkpoint.index import DTYPE_NAMES
 from grn_scale.checkpoint.stored import StoredValue, StoredWeights
 from grn_scale.checkpoint.tensor_file import write_tensor_file
@@ -73,8 +72,13 @@ class Checked:
     step: int | None
 
 
-def convert(request: Request) -> dict[str, Any]:
+def convert(request: Request, partial: Path | None = None,
+            may_publish: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Write the output, complete or not at all, and return what was written: kind, weights, tensors, parameters...
+
+    partial: path beside the output to write to before; by default one of this process's own, which the next conversion
+    to this output removes where this one is killed. may_publish: called just before the output appears; what it raises
+    ends the conversion without a trace.
 
     ConfigError for a request that contradicts itself or its input, UserError for what cannot be read, does not fit,
     or cannot be written. Inputs stay as they are. One tensor at a time is in memory.
@@ -89,7 +93,8 @@ def convert(request: Request) -> dict[str, Any]:
                           f"--from {contents.form} reads it")
     checked = checked_contents(contents, request)
     write = _writer(checked, request)
-    with _finished(request.output) as path:
+    output = request.output.absolute()
+    with _finished(output, partial or partial_name(output), may_publish) as path:
         write(path)
     return {
         "kind": checked.kind, "from": request.source, "to": request.target, "output": str(request.output),
@@ -207,29 +212,34 @@ def _pipeline_writer(checked: Checked, request: Request) -> Callable[[Path], Non
 
 
 @contextmanager
-def _finished(output: Path):
-    """A path beside `output` that becomes it when the block ends; after an error nothing of it is left."""
-    output = output.absolute()
-    partial = output.with_name(output.name + PARTIAL)
+def _finished(output: Path, partial: Path, may_publish: Callable[[], None]):
+    """`partial`, which becomes `output` when the block ends; after an error nothing of it is left."""
     try:
-        if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-            raise UserError(f"--output: {output} exists already and is not overwritten; give another path")
-        if partial.exists():
-            raise UserError(f"{partial} is in the way: an interrupted conversion left it; remove it")
+        _require_free(output)
         output.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(output.parent, output.name)
         try:
             yield partial
+            may_publish()
+            _require_free(output)  # another conversion may have been quicker
             if partial.is_file() and output.is_dir():
                 output.rmdir()
             os.rename(partial, output)
         except BaseException:  # whatever ends the conversion, also Ctrl-C: nothing half-written may stay
-            if partial.is_dir():
-                shutil.rmtree(partial)  # ours: it did not exist above
-            else:
-                partial.unlink(missing_ok=True)
+            remove_partial(partial)
             raise
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror or error}") from error
+
+
+def is_free(output: Path) -> bool:
+    """Whether a conversion may write there: nothing is there, or an empty folder."""
+    return not output.exists() or output.is_dir() and not any(output.iterdir())
+
+
+def _require_free(output: Path) -> None:
+    if not is_free(output):
+        raise UserError(f"--output: {output} exists already and is not overwritten; give another path")
 
 
 def _plain(config: Any) -> dict[str, Any]:

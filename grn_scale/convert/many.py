@@ -10,18 +10,17 @@ import hashlib
 import logging
 import os
 import shlex
-import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grn_scale.atomic import PARTIAL, write_bytes
-from grn_scale.convert.convert import Request, convert
+from grn_scale.atomic import intended_name, partial_name, remove_partial, write_bytes
+from grn_scale.convert.convert import Request, convert, is_free
 from grn_scale.errors import ConfigError, UserError
-from grn_scale.leases import Leases
+from grn_scale.leases import ClaimLost, Leases
 from grn_scale.storage import LocalStorage
 
 LEASE_SECONDS = 60.0
@@ -36,6 +35,7 @@ class Line:
     """One conversion."""
 
     number: int
+    arguments: tuple[str, ...]
     request: Request
 
     @property
@@ -48,7 +48,7 @@ def read_list(path: Path, request_of: Callable[[list[str]], Request]) -> list[Li
     """The conversions of a file; empty lines and lines that begin with # are left out. ConfigError naming the line
     that `request_of` (arguments -> Request) refuses, or that writes where another one does."""
     try:
-        texts = path.read_text(encoding="utf-8").splitlines()
+        texts = path.read_text(encoding="utf-8").split("\n")  # names may hold the rest of what ends a line elsewhere
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--list: cannot read {path}: {error}") from error
     lines: dict[str, Line] = {}
@@ -56,7 +56,8 @@ def read_list(path: Path, request_of: Callable[[list[str]], Request]) -> list[Li
         if not text.strip() or text.lstrip().startswith("#"):
             continue
         try:
-            line = Line(number, request_of(shlex.split(text)))
+            arguments = shlex.split(text)
+            line = Line(number, tuple(arguments), request_of(arguments))
         except (ConfigError, ValueError) as error:
             raise ConfigError(f"{path}:{number}: {error}") from error
         if line.name in lines:
@@ -67,20 +68,21 @@ def read_list(path: Path, request_of: Callable[[list[str]], Request]) -> list[Li
 
 
 @contextmanager
-def _noted(note: Path, output: Path) -> Iterator[None]:
-    """A note that this list works on an output, for as long as it does. One that is there already is that of a process
-    which was killed: what it left beside the output goes. Where others left something, it stays, and is refused."""
-    partial = output.with_name(output.name + PARTIAL)
-    if note.exists() and partial.is_dir():
-        shutil.rmtree(partial)  # this list's, by the note
-    elif note.exists():
-        partial.unlink(missing_ok=True)
-    if not partial.exists():
-        write_bytes(note, b"")
+def _noted(note: Path, output: Path) -> Iterator[Path]:
+    """Where this process writes the output before it is complete, noted for as long as it does. What is noted already
+    is that of a process which was killed, or sleeps and has lost its claim: it goes."""
+    if note.exists():
+        name = note.read_text(encoding="utf-8")
+        if intended_name(name) == output.name:
+            remove_partial(output.with_name(name))
+    partial = partial_name(output)
+    write_bytes(note, partial.name.encode())
     try:
-        yield
+        yield partial
     finally:
-        note.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            if note.read_text(encoding="utf-8") == partial.name:  # else that of the one who took over
+                note.unlink()
 
 
 def convert_listed(path: Path, lines: list[Line]) -> dict[str, Any]:
@@ -91,20 +93,24 @@ def convert_listed(path: Path, lines: list[Line]) -> dict[str, Any]:
     for folder in ("begun", "made"):  # a job's script counts what is in the second
         (claims / folder).mkdir(parents=True, exist_ok=True)
     with Leases(LocalStorage(claims), LEASE_SECONDS) as leases:
-        while left := [line for line in lines if line.number not in failed and not line.request.output.exists()]:
+        while left := [line for line in lines if line.number not in failed and is_free(line.request.output)]:
             begun = False
             for line in left:
-                if line.request.output.exists() or not leases.claim(line.name):
+                if not is_free(line.request.output) or not leases.claim(line.name):
                     continue
                 begun = True
                 try:
-                    if not line.request.output.exists():
+                    if is_free(line.request.output):
                         log.info("%s:%d: %s", path, line.number, line.request.output)
-                        with _noted(claims / "begun" / line.name, line.request.output):
-                            convert(line.request)
+                        with _noted(claims / "begun" / line.name, line.request.output.absolute()) as partial:
+                            convert(line.request, partial, lambda: leases.check(line.name))
                         write_bytes(claims / "made" / line.name, b"")
                         made += 1
+                except ClaimLost:
+                    log.warning("%s:%d: another process has taken it over", path, line.number)
                 except UserError as error:
+                    if not _still_holds(leases, line.name):  # and with the claim what was written went
+                        continue
                     log.error("%s:%d: %s", path, line.number, error)
                     failed[line.number] = str(error)
                 finally:
@@ -115,3 +121,11 @@ def convert_listed(path: Path, lines: list[Line]) -> dict[str, Any]:
         raise UserError(f"{len(failed)} of {len(lines)} conversions failed: "
                         + "; ".join(f"{path}:{number}: {text}" for number, text in failed.items()))
     return {"list": str(path), "conversions": len(lines), "made_here": made}
+
+
+def _still_holds(leases: Leases, name: str) -> bool:
+    try:
+        leases.check(name)
+    except ClaimLost:
+        return False
+    return True

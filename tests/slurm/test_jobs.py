@@ -122,19 +122,55 @@ def test_a_job_that_would_fail_again_is_not_started_again(slurm: Slurm, dataset:
     assert "model.hidden_size" in slurm("why", late, expect=None).stdout
 
 
-def test_a_job_that_crashes_at_once_is_stopped_after_a_few_starts(slurm: Slurm, dataset: Path, tmp_path: Path) -> None:
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken/sitecustomize.py").write_text(
-        "import os, sys\nif 'grn_scale.slurm.task' in sys.orig_argv:\n    os._exit(1)\n")
-    slurm.site.write_text(SITE + f"environment:\n  PYTHONPATH: {tmp_path}/broken\n")
-    cluster, run = slurm.cluster, tmp_path / "run"
+ENDS = """\
+import os, pathlib, signal, sys, time
+if "grn_scale.slurm.task" in sys.orig_argv:
+    here = pathlib.Path(__file__).parent
+    code, asked = (here / os.environ.get("SLURM_RESTART_COUNT", "0")).read_text().split()
+    if asked == "asked":
+        signal.signal(signal.SIGUSR2, lambda *_: os._exit(int(code)))
+        (here / "ready").touch()
+        time.sleep(600)
+    os._exit(int(code))
+"""
+"""Ends the processes of each start with the exit code of a file, at once or when asked to."""
+
+
+def ending(folder: Path, *starts: str) -> str:
+    """Line of a cluster file with which the starts of a job end so."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(ENDS)
+    for number, how in enumerate(starts):
+        (folder / str(number)).write_text(how)
+    return f"environment:\n  PYTHONPATH: {folder}\n"
+
+
+def test_a_job_that_crashes_is_stopped_after_a_few_starts(slurm: Slurm, dataset: Path, tmp_path: Path) -> None:
+    cluster, run, broken = slurm.cluster, tmp_path / "run", tmp_path / "broken"
+    slurm.site.write_text(SITE + ending(broken, "75 asked", "1 asked", "1 once"))
     job = slurm("train", *train_arguments(dataset, run)[1:], "--gpus-per-node", 1, "--start-limit", 2,
-                "--submit").stdout.strip()
-    until(lambda: len(ends(run)) == 3, "started three times", run)
+                "--no-preflight", "--submit").stdout.strip()
+    for number in (1, 2):  # one that saves when it is asked weighs little, one that fails then counts in full
+        until((broken / "ready").exists, f"at work for the {number}. time", run)
+        (broken / "ready").unlink()
+        cluster.run("scancel", "--signal=USR2", "--batch", job)
+        until(lambda: len(ends(run)) == number, f"ended for the {number}. time", run)
+    until(lambda: len(ends(run)) == 4, "stopped", run)
     assert cluster.wait(job, timeout=PATIENCE_SECONDS) == "FAILED"
-    assert ends(run) == [(1, "requeue"), (1, "requeue"), (78, "stop")]
+    assert ends(run) == [(75, "requeue"), (1, "requeue"), (1, "requeue"), (78, "stop")]
     assert "2 starts in a row" in slurm("status", run).stdout
-    assert len(list((newest(run).folder / "preflight").glob("*/*.ok"))) == 2
+    assert not (newest(run).folder / "preflight").exists()
+
+
+@pytest.mark.slow
+def test_a_job_that_gets_nowhere_in_all_its_time_is_stopped(slurm: Slurm, dataset: Path, tmp_path: Path) -> None:
+    cluster, run = slurm.cluster, tmp_path / "run"
+    slurm.site.write_text(SITE + ending(tmp_path / "broken", "75 asked"))
+    job = slurm("train", *train_arguments(dataset, run)[1:], "--gpus-per-node", 1, "--start-limit", 1, "--time", 3,
+                "--no-preflight", "--submit").stdout.strip()
+    until(lambda: len(ends(run)) == 2, "asked by Slurm and stopped", run)
+    assert cluster.wait(job, timeout=PATIENCE_SECONDS) == "FAILED"
+    assert ends(run) == [(75, "requeue"), (78, "stop")]
 
 
 @pytest.mark.slow
@@ -156,6 +192,24 @@ def test_a_job_leaves_a_bad_node_out_and_comes_back_when_it_is_preempted(slurm: 
     assert cluster.wait(job, timeout=PATIENCE_SECONDS) == "COMPLETED", logs(run)
     assert ends(run) == [(1, "requeue"), (75, "requeue"), (0, "done")] and len(losses(run)) == 30
     assert "node2" not in "".join(start.nodes for start in read_starts(newest(run).folder)[1:])
+
+
+@pytest.mark.slow
+def test_a_conversion_that_is_killed_is_done_by_the_next_start(slurm: Slurm, dataset: Path, tmp_path: Path) -> None:
+    cluster, broken, weights = slurm.cluster, tmp_path / "broken", tmp_path / "weights"
+    grn_scale("train", *train_arguments(dataset, tmp_path / "run", "train.steps=1")[1:])
+    broken.mkdir()
+    (broken / "sitecustomize.py").write_text(
+        "import os\nif os.environ.get('SLURM_RESTART_COUNT', '0') == '0':\n"
+        f"    os.rename = lambda source, target: (target == {str(weights)!r} or str(target) == {str(weights)!r}) "
+        "and os.kill(os.getpid(), 9)\n")
+    slurm.site.write_text(SITE + f"environment:\n  PYTHONPATH: {broken}\n")
+    job = slurm("convert", "--input", tmp_path / "run", "--from", "native", "--to", "hf", "--output", weights,
+                "--submit").stdout.strip()
+    assert cluster.wait(job, timeout=PATIENCE_SECONDS) == "COMPLETED", logs(weights)
+    starts = [(start.code, start.decision) for start in read_starts(newest(weights).folder)]
+    assert starts == [(137, "requeue"), (0, "done")] and list(weights.glob("*.safetensors"))
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_an_array_makes_the_same_dataset_though_tasks_are_killed(slurm: Slurm, dataset: Path, tmp_path: Path) -> None:

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from grn_scale.atomic import partial_name
 from grn_scale.checkpoint import load_weights
 from grn_scale.cli import main
 from grn_scale.config.load import to_dict
@@ -250,9 +256,19 @@ def test_what_is_there_is_never_overwritten(convert, capsys):
     assert convert("grn.pth", "official", "native", "empty", *model) == 0
     Path("empty2").mkdir()
     assert convert("grn.pth", "official", "official", "empty2", *model) == 0
-    Path("left.partial").mkdir()
-    assert convert("grn.pth", "official", "hf", "left", *model) == 1
-    assert Path("left.partial").is_dir()
+
+
+def test_what_a_killed_conversion_to_the_same_output_left_is_removed(convert):
+    torch.save(state_of("bit_hd28"), "grn.pth")
+    ours, host = partial_name(Path("run")).name, re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    killed = ours.replace(f"-{os.getpid()}-", f"-{int(ended.stdout)}-")
+    others = {"run.partial", killed.replace("run", "runs"), killed.replace(f".{host}-", ".elsewhere-"), ours}
+    for name in {killed, *others}:
+        Path(name).mkdir()
+        Path(name, "begun").touch()
+    assert convert("grn.pth", "official", "native", "run", "--layout", "v1", "--model", "bit_hd28.yaml") == 0
+    assert {path.name for path in Path().glob("*.partial")} == others
 
 
 def test_a_set_that_is_not_there_cannot_be_chosen(convert, capsys):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ import yaml
 
 from grn_scale.checkpoint import load_weights
 from grn_scale.cli import main
+from grn_scale.convert import many, native
 from grn_scale.convert.command import conversions
 from tests.helpers.jobs import ENVIRONMENT
 from tests.unit.test_convert import CASES, MODELS, same, state_of
@@ -57,20 +60,48 @@ def test_a_line_that_fails_is_named_when_the_others_are_done(listed: dict, capsy
     assert capsys.readouterr().out == "6 conversions are done, 1 of them by this process\n"
 
 
-def test_what_a_killed_process_left_goes_and_what_others_left_stays(listed: dict, capsys) -> None:
-    for name in ("out 1", "out 2"):
-        Path(f"{name}.partial").mkdir()
-        Path(f"{name}.partial/begun").touch()
-    ours, = (line for line in conversions("conversions.txt") if line.request.output.name == "out 1")
-    note = Path("conversions.txt.claims/begun") / ours.name
-    note.parent.mkdir(parents=True)
-    note.touch()
-    for _ in range(2):
-        assert main(["convert", "--list", "conversions.txt"]) == 1
-        assert "1 of 6 conversions failed" in capsys.readouterr().err
-        assert Path("out 2.partial/begun").exists() and not Path("out 1.partial").exists()
-    assert [i for i in range(6) if Path(f"out {i}").exists()] == [0, 1, 3, 4, 5]
-    assert list(note.parent.iterdir()) == []
+def name_of(output: str) -> str:
+    """Of the claim of a line."""
+    return next(line.name for line in conversions("conversions.txt") if line.request.output.name == output)
+
+
+def test_what_a_killed_process_noted_goes_and_what_others_left_stays(listed: dict) -> None:
+    notes = Path("conversions.txt.claims/begun")
+    notes.mkdir(parents=True)
+    left = {"out 1": "out 1.node7-12-0.partial", "out 2": "out 2.node7-12-1.partial", "out 3": "../out 3"}
+    for name in left.values():
+        Path(name).mkdir()
+        Path(name, "begun").touch()
+    for output in ("out 1", "out 3"):
+        (notes / name_of(output)).write_text(left[output])
+    try:
+        assert main(["convert", "--list", "conversions.txt"]) == 0
+        assert not Path(left["out 1"]).exists() and Path(left["out 2"], "begun").exists()
+        assert Path(left["out 3"], "begun").exists()  # no name of ours
+        assert list(notes.iterdir()) == []
+    finally:
+        shutil.rmtree(left["out 3"])
+
+
+def test_who_has_lost_the_claim_publishes_nothing_and_removes_nothing_of_the_successor(listed, monkeypatch) -> None:
+    """As a process does that was suspended for longer than its claim holds."""
+    claim, note = (Path("conversions.txt.claims", folder, name_of("out 0")) for folder in ("leases", "begun"))
+    successor = Path("out 0.node7-12-0.partial")
+
+    def taken_over(path: Path, *arguments, **more) -> None:
+        write_checkpoint(path, *arguments, **more)
+        if path.name.startswith("out 0"):
+            claim.write_text(json.dumps({"owner": "another", "processes": "elsewhere", "pid": 1, "process_start": ""}))
+            note.write_text(successor.name)
+            successor.mkdir()
+            Path(successor, "theirs").touch()
+            monkeypatch.setattr(many.time, "sleep", lambda _: os.rename(successor, "out 0"))  # it gets done meanwhile
+
+    write_checkpoint = native.write_checkpoint
+    monkeypatch.setattr(native, "write_checkpoint", taken_over)
+    assert main(["convert", "--list", "conversions.txt"]) == 0
+    assert os.listdir("out 0") == ["theirs"] and note.read_text() == successor.name
+    assert not list(Path().glob("out 0.*.partial"))
 
 
 @pytest.mark.parametrize("line,words", [

@@ -60,10 +60,12 @@ def test_memory_errors_are_those_of_our_devices_and_a_hanging_tool_is_a_failure(
     fake_smi(tmp_path, monkeypatch, 'case "$1" in *driver*) echo 550.1 ;; *ecc*) echo "GPU-a, 3"; echo "GPU-b, [N/A]"; '
              'echo "GPU-c, 9" ;; *) echo "GPU-a, 0"; echo "GPU-b, 1" ;; esac')
     assert driver_version() == "550.1"
-    lost, unknown = memory_errors({"a", "b"})
-    assert [line.split()[0] for line in lost] == ["GPU-a", "GPU-b"] and not unknown
+    lost, odd, unknown = memory_errors({"a", "b"})
+    assert [line.split()[0] for line in lost] == ["GPU-b"] and not unknown
+    assert len(odd) == 1 and odd[0].startswith("GPU-a has 3 uncorrectable memory errors")
     fake_smi(tmp_path, monkeypatch, "exit 9")
-    assert memory_errors({"a"}) == ([], "; memory errors not looked at: nvidia-smi says nothing about these devices")
+    assert memory_errors({"a"}) == (
+        [], [], "; memory errors not looked at: nvidia-smi says nothing about these devices")
     monkeypatch.setattr(preflight_devices, "SMI_SECONDS", 0.2)
     fake_smi(tmp_path, monkeypatch, "exec sleep 20")
     with pytest.raises(Failed, match="did not answer"):

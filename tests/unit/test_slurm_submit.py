@@ -54,7 +54,13 @@ def test_sizes_and_folders_follow_from_site_and_command(here: Path) -> None:
     assert job("evaluate", "output=m", "--held-out").processes == 1
     made = job("convert", "--input", "a b.pth", "--from", "official", "--to", "native", "--output", "ckpt")
     assert made.records == here / "ckpt.slurm/0001" and made.config is None
-    assert made.command[:3] == ("convert", "--input", "a b.pth")
+    assert made.command == ("convert", "--list", str(made.records / "conversions.txt"))  # so that a start can go on
+    line = read_request("convert", ["--input", "a b.pth", "--from", "official", "--to", "native", "--output", "ckpt"])
+    assert line.files == {"conversions.txt": "--input 'a b.pth' --from official --to native --output ckpt\n"}
+    for argument, site in (("--no-preflight", ""), ("--start-limit=3", "preflight: false\n")):
+        (here / "quick.yaml").write_text(SITE["bare"] + site, encoding="utf-8")
+        options, rest = submit._parser("train").parse_known_args(["output=runs/a", argument, "--print"])
+        assert submit.job_of(read_request("train", rest), Cluster.load("quick.yaml"), options).config is None
 
 
 def test_what_a_site_or_a_user_adds_goes_to_slurm(here: Path) -> None:
@@ -79,6 +85,22 @@ def test_a_container_sees_every_folder_that_the_command_names(here: Path) -> Non
     # the working folder lies in the folder of the dataset
     assert made.mounts == ("/opt", "/data:/mnt", str(here.parent)) and made.python == "python3"
     assert f"--container-mounts=/opt:/opt,/data:/mnt,{here.parent}:{here.parent}" in batch_script(made)
+    clips = here.parent / "clips"
+    for folders, seen in (([clips / "a", clips / "b"], {clips / "a", clips / "b"}),
+                          ([clips / f"{i // 9}/{i}" for i in range(99)], {clips / f"{i}" for i in range(11)})):
+        for folder in folders:
+            folder.mkdir(parents=True)
+        lines = [json.dumps({"path": f"{folder}/1.mp4", "caption": ""}) for folder in [*folders, clips / "lost/c/d"]]
+        (here / "clips.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        made = job("tokenize", "output=t", "data.manifest=clips.jsonl", site="pyxis")
+        assert set(made.mounts) == {"/opt", "/data:/mnt", str(here), *map(str, seen)}
+    for folder in ("weights", "tokenizer", "umt5", "models", "made"):
+        (here.parent / folder).mkdir(exist_ok=True)
+    (here.parent / "models/model.yaml").write_text("rounds: 1\n", encoding="utf-8")
+    (here / "list.txt").write_text("--from hf --to hf --input ../weights --output ../made/a --tokenizer ../tokenizer "
+                                   "--text-encoder ../umt5 --model ../models/model.yaml\n", encoding="utf-8")
+    made = job("convert", "--list", "list.txt", site="pyxis")
+    assert {Path(mount).name for mount in made.mounts} >= {"weights", "tokenizer", "umt5", "models", "made"}
     with pytest.raises(ConfigError, match="cannot be mounted"):
         (here / "a,b").mkdir()
         os.chdir(here / "a,b")
@@ -141,7 +163,7 @@ def test_the_shipped_sites_are_legal() -> None:
 def test_records_hold_the_code_and_configuration_that_run(here: Path) -> None:
     made = job("train", "output=runs/a", "optimizer.lr=0.5")
     request = read_request("train", ["output=runs/a", "optimizer.lr=0.5"])
-    write_submission(made, batch_script(made), request.config)
+    write_submission(made, batch_script(made), request.files)
     again = newest("runs/a")
     assert again.folder == here / "runs/a/slurm/0001" and again.job_ids == []
     assert again.facts["processes"] == 4 and again.facts["command"] == list(made.command)
@@ -157,9 +179,23 @@ def test_records_hold_the_code_and_configuration_that_run(here: Path) -> None:
     assert next_folder(records_of("runs/a")) == Path("runs/a/slurm/0002")
     assert [each.folder.name for each in submissions("runs/a")] == ["0001"]
     with pytest.raises(FileExistsError):
-        write_submission(made, "", "")
+        write_submission(made, "", {})
     with pytest.raises(UserError, match="no submission"):
         newest("runs/b")
+
+
+def test_processes_in_a_container_see_the_image_and_the_job_and_nothing_of_the_login_shell(here: Path) -> None:
+    (here / "a.sqsh").write_bytes(b"123")
+    SITE["image"] = SITE["pyxis"].replace("/images", str(here)) + "environment: {PYTHONPATH: /opt/more}\n"
+    made = job("train", "output=runs/a", site="image")
+    script = batch_script(made)
+    assert f"\nexport PYTHONPATH={made.records}/code:/opt/more\n" in script and "$PYTHONPATH" not in script
+    assert "\nexport PYTHONNOUSERSITE=1\n" in script
+    write_submission(made, script, {})
+    image = newest("runs/a").facts["image"]
+    assert (image["runtime"], image["image"], image["bytes"]) == ("pyxis", str(here / "a.sqsh"), 3)
+    write_submission(job("train", "output=runs/b"), "", {})
+    assert newest("runs/b").facts["image"] is None
 
 
 def test_what_the_job_would_refuse_is_refused_before_anything_is_written(here: Path, capsys) -> None:
@@ -208,7 +244,7 @@ def test_time_limits_in_all_forms_of_slurm() -> None:
 
 def test_a_run_that_trains_already_is_not_trained_into(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = job("train", "output=runs/a")
-    write_submission(first, "", "")
+    write_submission(first, "", {})
     (first.records / "job-ids").write_text("7\n", encoding="utf-8")
     squeue = here / "bin/squeue"
     squeue.parent.mkdir()
@@ -226,7 +262,7 @@ def test_without_sbatch_a_submission_says_so(here: Path, monkeypatch: pytest.Mon
     made = job("convert", "--input", "a", "--from", "official", "--to", "native", "--output", "ckpt")
     monkeypatch.setenv("PATH", str(here))
     with pytest.raises(UserError, match="no sbatch on PATH"):
-        submit.submit(made, "", "")
+        submit.submit(made, "", {})
     assert not made.records.exists()
 
 
@@ -237,7 +273,7 @@ def test_sbatch_gets_the_script_and_its_number_is_kept(here: Path, monkeypatch: 
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", str(sbatch.parent), prepend=os.pathsep)
     made = job("train", "output=runs/a", "--chain", "3", site="cpu")
-    assert submit.submit(made, batch_script(made), "x: 1\n") == ["1", "2", "3"]
+    assert submit.submit(made, batch_script(made), {}) == ["1", "2", "3"]
     script = str(made.records / "job.sbatch")
     dropped = "--kill-on-invalid-dep=yes"
     assert (here / "bin/sbatch.calls").read_text().splitlines() == [

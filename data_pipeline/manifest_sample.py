@@ -1,22 +1,23 @@
-"""A few thousand captions spread over a manifest of any size, read without going through it."""
+"""A few thousand clips spread over a manifest of any size, read without going through it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from grn_scale.data.manifest import ManifestError, no_clip, parse_line, reading
+from grn_scale.data.manifest import Clip, ManifestError, no_clip, parse_line, reading
 
 PLACES = 16
 """Clips of one source stand together, so lines are taken from several places."""
 LINES_A_PLACE = 256
 
 
-def sample_captions(manifest: Path) -> tuple[list[tuple[tuple[str, str], ...]], int]:
-    """Captions (type, text) of up to PLACES * LINES_A_PLACE lines, and about how many lines the manifest has.
+def sample_manifest(manifest: Path) -> tuple[list[Clip | None], int]:
+    """Up to PLACES * LINES_A_PLACE lines, None for bad ones, and about how many lines the manifest has.
 
     Exact where the manifest is no longer than that. Raises ManifestError where it cannot be read or has no line.
     """
-    found, read = [], 0
+    found: list[Clip | None] = []
+    read = 0
     size = manifest.stat().st_size if manifest.is_file() else 0
     with reading(manifest) as stream:
         places = PLACES if size > PLACES * LINES_A_PLACE * 1024 else 1
@@ -32,9 +33,9 @@ def sample_captions(manifest: Path) -> tuple[list[tuple[tuple[str, str], ...]], 
                     continue
                 read += len(raw)
                 try:
-                    found.append(parse_line(raw, manifest, 0, allow_empty_captions=True).captions)
-                except ManifestError:  # it will be quarantined, and needs no text
-                    found.append(())
+                    found.append(parse_line(raw, manifest, 0, allow_empty_captions=True))
+                except ManifestError:  # it will be quarantined
+                    found.append(None)
     if not found:
         raise no_clip(manifest)
     return found, max(len(found), round(size * len(found) / max(1, read)))
