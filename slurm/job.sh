@@ -179,7 +179,8 @@ if ((${#preflight[@]})); then
     done
     if ((fit != 0 && !asked)); then
         say "error: preflight failed on ${failed[*]:-no single node}; see $checks"
-        if ((exclude_failed && ${#failed[@]} && ${#failed[@]} < SLURM_JOB_NUM_NODES)); then # else it is no node's fault
+        # where all of several nodes fail it is no node's fault; of one alone nobody knows, and the start limit ends it
+        if ((exclude_failed && ${#failed[@]} && (SLURM_JOB_NUM_NODES == 1 || ${#failed[@]} < SLURM_JOB_NUM_NODES))); then
             printf '%s\n' "${failed[@]}" >> "$records/excluded-nodes"
             excluded=$(sort -u "$records/excluded-nodes" | paste -sd, -)
         fi

@@ -173,14 +173,29 @@ def test_a_job_that_gets_nowhere_in_all_its_time_is_stopped(slurm: Slurm, datase
     assert ends(run) == [(75, "requeue"), (78, "stop")]
 
 
+def break_node(slurm: Slurm, folder: Path, node: str) -> None:
+    """The preflight of a node fails from now on; jobs may go to the spare one."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(f"import os\nif os.environ.get('SLURMD_NODENAME') == '{node}':\n"
+                                             "    os.environ['TMPDIR'] = '/lost'\n")
+    slurm.site.write_text(SITE.replace("main", "wide") + f"environment:\n  PYTHONPATH: {folder}\n")
+
+
+@pytest.mark.slow
+def test_a_job_of_one_node_leaves_it_out_where_it_is_bad(slurm: Slurm, dataset: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    break_node(slurm, tmp_path / "broken", "node1")
+    job = slurm("train", *train_arguments(dataset, run)[1:], "--gpus-per-node", 1, "--exclude-failed-nodes",
+                "--submit").stdout.strip()
+    assert slurm.cluster.wait(job, timeout=PATIENCE_SECONDS) == "COMPLETED", logs(run)
+    assert [start.nodes for start in read_starts(newest(run).folder)] == ["node1", "node2"]
+
+
 @pytest.mark.slow
 def test_a_job_leaves_a_bad_node_out_and_comes_back_when_it_is_preempted(slurm: Slurm, dataset: Path,
                                                                          tmp_path: Path) -> None:
-    broken, run, cluster = tmp_path / "broken", tmp_path / "run", slurm.cluster
-    broken.mkdir()
-    (broken / "sitecustomize.py").write_text("import os\nif os.environ.get('SLURMD_NODENAME') == 'node2':\n"
-                                             "    os.environ['TMPDIR'] = '/lost'\n")
-    slurm.site.write_text(SITE.replace("main", "wide") + f"environment:\n  PYTHONPATH: {broken}\n")
+    run, cluster = tmp_path / "run", slurm.cluster
+    break_node(slurm, tmp_path / "broken", "node2")
     job = slurm("train", *train_arguments(dataset, run, "train.steps=30", "train.checkpoint_every=10", *LAYOUT)[1:],
                 "--nodes", 2, "--exclude-failed-nodes", "--torchrun", "--submit").stdout.strip()
     until(lambda: (run / "metrics.jsonl").exists() and len(losses(run)) > 3, "at work", run)
