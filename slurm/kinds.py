@@ -83,21 +83,25 @@ def _check_memory(config: Any, job: Job) -> None:
     fit. What is beside tensors is assumed, so a plan that is a little too large only warns."""
     from grn_scale.config.schema import ModelConfig
     from grn_scale.planning.grn_machine import find_machine
-    from grn_scale.tools.plan_document import budgets
+    from grn_scale.tools.plan_document import budgets, remedies
 
     if not job.cluster.gpu or not job.gpus_per_node or not isinstance(config.model, ModelConfig):
         return
     machine = find_machine(config, job.cluster.gpu, job.nodes, job.gpus_per_node)
     stages = budgets(config, machine)
     tensors, most = max(memory.bytes["peak"] for memory, _ in stages), max(held.most for _, held in stages)
-    remedy = (f"`grn-scale plan --gpu {job.cluster.gpu} --gpus-per-node {job.gpus_per_node} --nodes {job.nodes} "
-              "--search` with this configuration names layouts that fit")
+    if most <= machine.memory:
+        log.info("memory planned: %.1f of %.1f GB on the fullest GPU", most / 1e9, machine.memory / 1e9)
+        return
+    nearest = remedies(config, machine)["nearest"]
+    remedy = (f"nearest settings that fit: {' '.join(nearest[0]['settings'])}" if nearest else "no layout on these GPUs "
+              f"fits: take more nodes or a smaller data.token_budget (now {config.data.token_budget})")
+    remedy += (f" (others: grn-scale plan --search --gpu {job.cluster.gpu} --gpus-per-node {job.gpus_per_node} --nodes "
+               f"{job.nodes} with this configuration)")
     if tensors > machine.memory:
         raise UserError(f"memory: the tensors of a process would take {tensors / 1e9:.1f} GB, but a {job.cluster.gpu} "
-                        f"has {machine.memory / 1e9:.1f} GB: {remedy}")
-    fits = most <= machine.memory
-    log.log(logging.INFO if fits else logging.WARNING, "memory planned: %.1f of %.1f GB on the fullest GPU%s",
-            most / 1e9, machine.memory / 1e9, "" if fits else f"; {remedy}")
+                        f"has {machine.memory / 1e9:.1f} GB; {remedy}")
+    log.warning("memory planned: %.1f of %.1f GB on the fullest GPU; %s", most / 1e9, machine.memory / 1e9, remedy)
 
 
 def _check_space(config: Any) -> None:

@@ -231,7 +231,7 @@ def test_memory_is_told_before_submission_where_the_site_names_its_gpus(here: Pa
 
     assert check("gpus_per_node: 8\n") == ""
     assert "GB on the fullest GPU" in check("gpus_per_node: 8\ngpu: H200\n", "data.token_budget=8192")
-    with pytest.raises(UserError, match=r"tensors of a process would take .* `grn-scale plan .* --search`"):
+    with pytest.raises(UserError, match=r"would take .* nearest settings that fit: parallel.tensor=8 .*plan"):
         check("gpus_per_node: 8\ngpu: H100\n", "data.token_budget=65536")
     with pytest.raises(ConfigError, match="X9"):
         check("gpus_per_node: 8\ngpu: X9\n")
