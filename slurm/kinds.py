@@ -94,10 +94,10 @@ def _check_memory(config: Any, job: Job) -> None:
         log.info("memory planned: %.1f of %.1f GB on the fullest GPU", most / 1e9, machine.memory / 1e9)
         return
     nearest = remedies(config, machine)["nearest"]
-    remedy = (f"nearest settings that fit: {' '.join(nearest[0]['settings'])}" if nearest else "no layout on these GPUs "
-              f"fits: take more nodes or a smaller data.token_budget (now {config.data.token_budget})")
-    remedy += (f" (others: grn-scale plan --search --gpu {job.cluster.gpu} --gpus-per-node {job.gpus_per_node} --nodes "
-               f"{job.nodes} with this configuration)")
+    near = (f"nearest settings that fit: {' '.join(nearest[0]['settings'])}" if nearest else
+            f"no layout on these GPUs fits: take more nodes, or a data.token_budget below {config.data.token_budget}")
+    remedy = (f"{near} (all: grn-scale plan --search --gpu {job.cluster.gpu} --gpus-per-node {job.gpus_per_node} "
+              f"--nodes {job.nodes} with this configuration)")
     if tensors > machine.memory:
         raise UserError(f"memory: the tensors of a process would take {tensors / 1e9:.1f} GB, but a {job.cluster.gpu} "
                         f"has {machine.memory / 1e9:.1f} GB; {remedy}")
