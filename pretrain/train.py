@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grn_scale.atomic import drop_unfinished_line
+from grn_scale.atomic import drop_unfinished_line, write_json
 from grn_scale.command_line import CommandParser, run, save_config, start_logging
 from grn_scale.config.check import check_layout, check_output, check_set, check_training
 from grn_scale.config.load import to_dict
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from grn_scale.data.schema import DatasetInfo
     from grn_scale.model.pack import PackedBatch
     from grn_scale.tokenizer.text import IdsEncoder
+
+SURROUNDINGS = "surroundings.json"
+"""In the run folder: hardware and versions of the first process, of the last start."""
 
 log = logging.getLogger("grn_scale.train")
 
@@ -106,10 +109,13 @@ def train_run(config: Config, resume: str) -> bool:
     from grn_scale.data.stream import open_plan
     from grn_scale.parallel import groups
     from grn_scale.perf.flops import peak_flops
+    from grn_scale.perf.measure import surroundings
+    from grn_scale.slurm.preflight_devices import driver_version
     from grn_scale.train.bad_samples import BadSamples
     from grn_scale.train.checkpoints import reserve_host_memory, restore, restore_before, save_state, start
     from grn_scale.train.job import job
     from grn_scale.train.loop import Run, train
+    from grn_scale.train.memory import PeakMemory
     from grn_scale.train.metrics import MetricsLog, past_of_spikes
     from grn_scale.train.probe import Probe
     from grn_scale.train.profiling import StepProfiler
@@ -150,6 +156,7 @@ def train_run(config: Config, resume: str) -> bool:
         if first:
             folder.mkdir(parents=True, exist_ok=True)
             save_config(config, folder)
+            write_json(folder / SURROUNDINGS, {**surroundings(), "driver": driver_version() or None})
         peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         total_peak = peak and peak * torch.distributed.get_world_size()
         with (loader,
@@ -170,7 +177,8 @@ def train_run(config: Config, resume: str) -> bool:
             losses, gone_back = Ranks(groups.host()).first(lambda: past_of_spikes(folder, config.spikes.window))
             go_back = functools.partial(restore_before, saver, engine, config)
             rollbacks = Rollbacks(config.spikes, go_back, metrics, progress, gone_back)
-            stragglers = Stragglers(config.watchdog, data_rank, Probe(device), groups.gather_objects, progress.warn)
+            stragglers = Stragglers(config.watchdog, data_rank, Probe(device), PeakMemory(device),
+                                    groups.gather_objects, progress.warn)
             finished = train(
                 Run(config, engine, loader, functools.partial(assemble, drop=True), validation, bad_samples, ledger,
                     metrics, progress, save, SpikeJudge(config.spikes, losses), rollbacks, stop, heart, stragglers,

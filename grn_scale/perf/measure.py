@@ -80,7 +80,8 @@ def surroundings() -> dict[str, Any]:
                 "machine": platform.machine(),
                 "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
                 "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]}
-    versions = {"python": platform.python_version(), "system": platform.platform(), "cuda": torch.version.cuda}
+    versions = {"python": platform.python_version(), "system": platform.platform(), "cuda": torch.version.cuda,
+                "nccl": _nccl_version()}
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
@@ -88,6 +89,12 @@ def surroundings() -> dict[str, Any]:
             versions[name] = None
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return {"hardware": hardware, "versions": versions, "date": date}
+
+
+def _nccl_version() -> str | None:
+    import torch
+
+    return ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else None
 
 
 def start_torch(threads: int) -> torch.device:

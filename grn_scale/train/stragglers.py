@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from grn_scale.config.run_schema import WatchdogConfig
+from grn_scale.train import memory
 
 REPEATS = 3
 """Comparisons in a row in which something must be slow until it is named: once may be an unlucky batch."""
@@ -40,18 +41,19 @@ class Stragglers:
     """Compares the processes every `settings.straggler_every` steps.
 
     replica: which copy of the model this process holds a part of. probe: carries out the probe, and returns its
-    seconds. gather: value of this process -> values of all processes in rank order; every process takes part. warn: is
-    told who is slow.
+    seconds. held: the most memory since the last call; it goes along, so that it costs no exchange of its own. gather:
+    value of this process -> values of all processes in rank order; every process takes part. warn: is told who is slow.
     """
 
     def __init__(self, settings: WatchdogConfig, replica: int, probe: Callable[[], float],
-                 gather: Callable[[object], list], warn: Callable[[str], None]) -> None:
-        self._settings, self._replica, self._probe = settings, replica, probe
+                 held: Callable[[], memory.Held], gather: Callable[[object], list],
+                 warn: Callable[[str], None]) -> None:
+        self._settings, self._replica, self._probe, self._held = settings, replica, probe, held
         self._gather, self._warn = gather, warn
         self._steps: list[tuple[float, float]] = []
         self._slow: dict[tuple[str, int], int] = {}
 
-    def add(self, forward_backward: float, data_wait: float) -> dict[str, float | int]:
+    def add(self, forward_backward: float, data_wait: float) -> dict[str, float | int | str]:
         """Take in this process's seconds of a step. The comparison as fields of a row of metrics, after every so many
         steps; empty otherwise."""
         self._steps.append((forward_backward, data_wait))
@@ -60,9 +62,9 @@ class Stragglers:
         means = (statistics.fmean(column) for column in zip(*self._steps))
         mine = RankTimes(socket.gethostname(), self._replica, *means, self._probe())
         self._steps.clear()
-        ranks = self._gather(mine)
+        ranks, peaks = zip(*self._gather((mine, self._held())))
         self._name_slow(ranks)
-        return summary(ranks)
+        return summary(ranks) | memory.summary(peaks)
 
     def _name_slow(self, ranks: Sequence[RankTimes]) -> None:
         ratio = self._settings.straggler_ratio
