@@ -46,7 +46,8 @@ def command_parser(schema: type | tuple[type, ...] = SCHEMAS) -> CommandParser:
     parser.add_argument("--cluster", metavar="FILE", help="facts of the site: its GPUs, and how many a node has")
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes of the job (default: 1)")
     parser.add_argument("--gpus-per-node", type=int, metavar="G", help="in place of the cluster file's")
-    parser.add_argument("--gpu", metavar="NAME", help="in place of the cluster file's: H100, A100, ...")
+    parser.add_argument("--gpu", metavar="NAME", help="in place of the cluster file's: H100, A100, ... or "
+                        "a file that `grn-scale bench gpu --hardware FILE.yaml` measured")
     parser.add_argument("--tokens", type=float, metavar="T", help="say how long training on so many tokens takes")
     parser.add_argument("--price", type=float, metavar="P", help="of a GPU for an hour, in place of the cluster file's")
     parser.add_argument("--search", action="store_true", help="rank the legal layouts that fit by throughput")

@@ -10,6 +10,7 @@
     grn-scale bench train --config configs/runs/demo.yaml             also under torchrun or srun
     grn-scale bench checkpoint --megabytes 400 --ranks 2              how long training waits for a save
     grn-scale bench gpu --tokens 16384,40960                          kernels, and how much of a GPU training uses
+    grn-scale bench gpu --hardware machine.yaml                       rates for `grn-scale plan --gpu machine.yaml`
 
 Where the configuration names no manifest or dataset, inputs of the configured size are made in a temporary folder.
 "packing" and "plan" do not depend on the configuration.
@@ -24,6 +25,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from grn_scale.command_line import CommandParser, nearest, run, start_logging
@@ -34,6 +36,7 @@ from grn_scale.perf.bench_data import bench_data
 from grn_scale.perf.bench_fleet import bench_fleet
 from grn_scale.perf.bench_gpu import DEFAULT_CONFIG as GPU_CONFIG
 from grn_scale.perf.bench_gpu import bench_gpu
+from grn_scale.perf.bench_hardware import bench_hardware, write_hardware
 from grn_scale.perf.bench_packing import bench_packing
 from grn_scale.perf.bench_plan import bench_plan
 from grn_scale.perf.bench_tokenize import bench_tokenize
@@ -51,12 +54,13 @@ DEFAULT_CONFIG = "configs/runs/demo.yaml"
 
 def measure(name: str, config: Config, *, clips: int, samples: int, repeats: int,
             widths: str | None = None, lengths: str | None = None, megabytes: int = 400,
-            ranks: int = 1, tokens: Sequence[int] = ()) -> dict[str, Any]:
+            ranks: int = 1, tokens: Sequence[int] = (), rates: bool = False) -> dict[str, Any]:
     """One benchmark with all it depends on: results, peak memory, configuration, hardware, versions, date.
 
     clips: in each repeat of "tokenize" and "fleet"; samples: read in each repeat of "data", or of the index of "plan";
     widths: of random weights in "tokenizer"; lengths: CSV file of clip lengths for "packing"; megabytes: of state that
-    each of the `ranks` processes of "checkpoint" saves; tokens: lengths of the packs of "gpu".
+    each of the `ranks` processes of "checkpoint" saves; tokens: lengths of the packs of "gpu"; rates: of products,
+    memory and links in place of training steps, for "gpu".
     """
     from grn_scale.config.load import to_dict
 
@@ -74,6 +78,8 @@ def measure(name: str, config: Config, *, clips: int, samples: int, repeats: int
         results = bench_fleet(config, clips, repeats)
     elif name == "checkpoint":
         results = bench_checkpoint(megabytes, ranks, repeats, config.train.threads)
+    elif name == "gpu" and rates:
+        results = bench_hardware(config, repeats)
     elif name == "gpu":
         results = bench_gpu(config, tokens, repeats)
     else:
@@ -106,11 +112,17 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--ranks", type=int, default=1, metavar="1|2", help="bench checkpoint: processes (default: 1)")
     parser.add_argument("--tokens", default="16384,40960", metavar="N,N,..",
                         help="bench gpu: lengths of the packs (default: 16384,40960)")
+    parser.add_argument("--hardware", type=Path, metavar="FILE.yaml", help="bench gpu: measure rates in place of "
+                        "training steps, and write them for grn-scale plan --gpu FILE.yaml; also under torchrun or "
+                        "srun, and of a CPU where there is no GPU")
     parser.add_argument("--json", action="store_true", help="nothing but the JSON: no progress on stderr")
     rest = argv[1:] if named else argv
     config, options = parser.parse_command(rest)
     if min(options.repeats, options.clips, 1 if options.samples is None else options.samples) < 1:
         raise ConfigError("--repeats, --clips and --samples must be at least 1")
+    if options.hardware and (argv[:1] != ["gpu"] or options.hardware.suffix != ".yaml"):
+        raise ConfigError(f"--hardware {options.hardware}: `grn-scale bench gpu` alone takes it, with a name that ends "
+                          "in .yaml")
     tokens = _numbers(options.tokens)
     start_logging(logging.WARNING if options.json else logging.INFO)
     if not named:
@@ -119,8 +131,12 @@ def main(argv: list[str]) -> int:
     with contextlib.redirect_stdout(sys.stderr):  # libraries print, but stdout is the result
         report = measure(argv[0], config, clips=options.clips, repeats=options.repeats, widths=options.widths,
                          samples=options.samples or DEFAULT_SAMPLES.get(argv[0], 1), lengths=options.lengths,
-                         megabytes=options.megabytes, ranks=options.ranks, tokens=tokens)
+                         megabytes=options.megabytes, ranks=options.ranks, tokens=tokens,
+                         rates=options.hardware is not None)
     if int(os.environ.get("RANK", "0")) == 0:
+        if options.hardware:
+            write_hardware(options.hardware, report["results"], f"{report['date'][:10]}, torch "
+                           f"{report['versions']['torch']}, {options.repeats} repeats")
         print(json.dumps(report, indent=1))
     return 0
 

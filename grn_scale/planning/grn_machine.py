@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from grn_scale.config.schema import Config
 from grn_scale.planning.communication import Group, group
-from grn_scale.planning.hardware import Gpu, find_gpu, load_efficiencies
+from grn_scale.planning.hardware import Efficiencies, Gpu, find_gpu, load_efficiencies
 
 GIB = 1 << 30
+FP32_SHARE = 1 / 15
+"""Of the bf16 peak, what fp32 products outside the tensor cores reach (data sheets: A100 1/16, H100 1/14.8)."""
 MOST_IN_A_NODE = 16
 """GPUs of one board at most; a larger NVLink domain spans nodes (NVL72)."""
 
@@ -25,6 +28,9 @@ class Machine:
     """FLOP/s of large matrix products in bf16."""
     attention: tuple[float, float]
     """FLOP/s of fused bidirectional attention, forward and backward, with 2.5 times as many FLOPs backward."""
+    fp32: float
+    """FLOP/s of large matrix products in fp32."""
+    attention_fp32: tuple[float, float]
     bandwidth: float
     """Bytes of the GPU's memory that element-wise kernels read and write."""
     elementwise: float
@@ -33,6 +39,10 @@ class Machine:
     """Of the shorter of computation and communication that run beside each other, the share that adds to the time."""
     waiting: float
     """Share of a step that is added because the slowest of many nodes is waited for."""
+    reached: Efficiencies
+    """Of the links of `gpu`."""
+    rates_from: str
+    """Where the rates come from, in words."""
 
     @property
     def gpus(self) -> int:
@@ -50,21 +60,28 @@ class Machine:
 
     def group(self, ranks: int, stride: int) -> Group:
         """`ranks` ranks that are `stride` apart."""
-        return group(replace(self.gpu, domain=self.reach), load_efficiencies(), ranks, stride)
+        return group(replace(self.gpu, domain=self.reach), self.reached, ranks, stride)
 
     def assumed(self) -> list[str]:
         """What the rates are, in words."""
-        sheet, reached = self.gpu, load_efficiencies()
-        return [f"{sheet.name} of {sheet.memory_gib:g} GiB, {sheet.bf16 / 1e12:g} TFLOP/s in bf16 (configs/hardware/): "
+        sheet, reached = self.gpu, self.reached
+        return [f"{sheet.name} of {sheet.memory_gib:g} GiB, {sheet.bf16 / 1e12:g} TFLOP/s in bf16: "
                 f"matrix products reach {self.matmul / sheet.bf16:.0%}, attention {self.attention[0] / sheet.bf16:.0%} "
-                f"forward and {self.attention[1] / sheet.bf16:.0%} backward (configs/planner/efficiencies.yaml)",
+                f"forward and {self.attention[1] / sheet.bf16:.0%} backward ({self.rates_from})",
                 f"a GPU sends {sheet.nvlink * reached.nvlink / 1e9:.0f} GB/s to the {self.reach} of its node or rack "
                 f"and {sheet.nic * reached.nic / 1e9:.0f} GB/s to others; {self.waiting:.1%} of a step is added "
                 f"for {self.nodes} nodes that wait for each other"]
 
 
 def find_machine(config: Config, gpu: str, nodes: int, gpus_per_node: int) -> Machine:
-    """The machine of GPUs of that name, with the kernels of the configuration; ConfigError where nobody knows it."""
+    """The machine of GPUs of that name, with the kernels of the configuration; ConfigError where nobody knows it.
+
+    `gpu` may also be a file that `grn-scale bench gpu --hardware FILE.yaml` measured.
+    """
+    if gpu.endswith(".yaml"):
+        from grn_scale.planning.measured import measured_machine
+
+        return measured_machine(Path(gpu), nodes, gpus_per_node)
     sheet, reached = find_gpu(gpu), load_efficiencies()
     forward, backward = reached.attention[_attention(config.kernels.attention, sheet, tuple(reached.attention))]
     eager = config.kernels.compile == "never"
@@ -72,7 +89,9 @@ def find_machine(config: Config, gpu: str, nodes: int, gpus_per_node: int) -> Ma
         sheet, nodes, gpus_per_node, matmul=sheet.bf16 * reached.matmul[f"{sheet.architecture}_bf16"],
         attention=(sheet.bf16 * forward, sheet.bf16 * backward), bandwidth=sheet.bandwidth * reached.bandwidth,
         elementwise=reached.elementwise_eager if eager else reached.elementwise_fused, leak=reached.leak,
-        waiting=reached.straggler * math.log2(nodes))
+        fp32=sheet.bf16 * FP32_SHARE, attention_fp32=(sheet.bf16 * FP32_SHARE,) * 2,
+        waiting=reached.straggler * math.log2(nodes), reached=reached,
+        rates_from="configs/hardware/ and configs/planner/efficiencies.yaml")
 
 
 def _attention(kernel: str, sheet: Gpu, known: tuple[str, ...]) -> str:

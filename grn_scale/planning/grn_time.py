@@ -20,8 +20,6 @@ BOTH = 3
 """FLOPs of a matrix product with its two gradients over those of the product."""
 ATTENTION_BACKWARD = 2.5
 """Fused attention computes the scores again: five products backward for two forward (arXiv:2307.08691, section 3.1)."""
-FP32_SHARE = 1 / 15
-"""Of the bf16 peak, what fp32 products outside the tensor cores reach (data sheets: A100 1/16, H100 1/14.8)."""
 ADAMW_BYTES = 38
 """Of an owned element: fp32 gradient read; master, two moments and average read and written; bf16 weight written."""
 WHOLE_GRADIENT_BYTES = 32
@@ -98,7 +96,7 @@ class _Rank:
         self.config, self.machine, self.pack = config, machine, typical_pack(config)
         model, parallel = config.model, config.parallel
         self.width = 2 if config.train.precision == "bf16" else 4
-        self.fp32 = machine.gpu.bf16 * FP32_SHARE
+        self.fp32 = machine.fp32
         self.rate = machine.matmul if self.width == 2 else self.fp32
         self.share = 1 / (parallel.tensor * parallel.context)
         self.rows = self.width * config.data.token_budget // parallel.context * model.hidden_size
@@ -118,7 +116,7 @@ class _Rank:
         pairs = self.pack.clips * (tokens * tokens - text * (tokens - text))
         heads = model.num_heads // parallel.tensor
         uneven = -(-heads // parallel.context) * parallel.context / heads
-        forward, backward = self.machine.attention if self.width == 2 else (self.fp32, self.fp32)
+        forward, backward = self.machine.attention if self.width == 2 else self.machine.attention_fp32
         attention = layers * 4 * width * pairs * self.share * uneven * (
             (1 + self.again_attention) / forward + ATTENTION_BACKWARD / backward)
         parts = {"matrix products": products + self._ends(stage), "attention": attention,
