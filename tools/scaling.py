@@ -28,7 +28,7 @@ DESCRIPTION = """Measure how runs scale, as a matrix of Slurm jobs:
 def generate(argv: list[str]) -> int:
     """Exit code of `grn-scale scaling generate argv...`."""
     from grn_scale.studies.study import generate as write
-    from grn_scale.studies.study import read_study_file
+    from grn_scale.studies.study_file import read_study_file
 
     parser = CommandParser("scaling generate", "Write the folder of a study.",
                            "grn-scale scaling generate --config study.yaml output=studies/first", configured=False)
@@ -39,10 +39,10 @@ def generate(argv: list[str]) -> int:
     if key != "output" or not folder:
         raise ConfigError(f"{options.output!r}: give the folder as output=FOLDER")
     study = write(read_study_file(options.config), Path(folder))
-    for series, processes in dict.fromkeys((cell.series, cell.processes) for cell in study.cells):
-        print(f"{series}  {processes} processes  {study.file.repeats} runs")
+    for series, size in dict.fromkeys((cell.series, cell.size) for cell in study.cells):
+        print(f"{series}  {size.label} processes  {study.file.repeats} runs")
     for each in study.illegal:
-        print(f"{each['series']}  {each['processes']} processes  illegal: {each['reason']}")
+        print(f"{each['series']}  {each['size']} processes  illegal: {each['reason']}")
     print(f"{len(study.cells)} cells in {study.folder}")
     return 0
 
@@ -63,13 +63,21 @@ def submit(argv: list[str]) -> int:
         what.add_argument(f"--{name}", dest="what", action="store_const", const=f"--{name}", help=text)
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="have N jobs in the queue at most (0: all)")
     parser.add_argument("--wait", action="store_true", help="stay until every job has ended")
+    for name, metavar, text in (("time", "LIMIT", "of each job, such as 0:30:00"), ("partition", "NAME", ""),
+                                ("account", "NAME", "")):
+        parser.add_argument(f"--{name}", metavar=metavar, help=text or "in place of the cluster file's")
+    parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION=VALUE",
+                        help="a further option of sbatch, such as reservation=NAME; may be repeated")
     options = parser.parse_options(argv)
     start_logging()
     if options.limit < 0:
         raise ConfigError(f"--limit is {options.limit}, but must not be negative")
     if options.what != "--submit" and (options.limit or options.wait):
         raise ConfigError(f"--limit and --wait are for --submit, not for {options.what}: leave them out")
-    return submit_missing(read_study(options.study), options.cluster, options.what, options.limit, options.wait)
+    more = [word for name in ("time", "partition", "account") if (value := getattr(options, name))
+            for word in (f"--{name}", value)]
+    more += [f"--sbatch={option}" for option in options.sbatch]
+    return submit_missing(read_study(options.study), options.cluster, options.what, more, options.limit, options.wait)
 
 
 def collect(argv: list[str]) -> int:
@@ -78,7 +86,7 @@ def collect(argv: list[str]) -> int:
     from grn_scale.studies.study import read_study
     from grn_scale.tools.scaling_jobs import collected
 
-    study = read_study(_study(argv, "collect", "Read what the runs of a study measured."))
+    study = read_study(_parser("collect", "Read what the runs of a study measured.").parse_options(argv).study)
     rows, steps = collected(study)
     write_results(study.folder, rows, steps)
     for row in rows:
@@ -93,16 +101,21 @@ def report(argv: list[str]) -> int:
     from grn_scale.studies.results import read_results
     from grn_scale.studies.study import read_study
 
-    study = read_study(_study(argv, "report", "Write report.html and report.md of a collected study."))
-    write_report(study, read_results(study.folder))
+    parser = _parser("report", "Write report.html and report.md of a collected study.")
+    parser.add_argument("--hardware", default="", metavar="NAME|FILE.yaml", help="what the planner's predictions count "
+                        "with: a GPU of configs/hardware/, or a file that `grn-scale bench gpu --hardware FILE.yaml` "
+                        "measured there (default: the GPU that the runs found)")
+    options = parser.parse_options(argv)
+    study = read_study(options.study)
+    write_report(study, read_results(study.folder), options.hardware)
     print(study.folder / "report.html")
     return 0
 
 
-def _study(argv: list[str], name: str, description: str) -> Path:
+def _parser(name: str, description: str) -> CommandParser:
     parser = CommandParser(f"scaling {name}", description, f"grn-scale scaling {name} studies/first", configured=False)
     parser.add_argument("study", type=Path)
-    return parser.parse_options(argv).study
+    return parser
 
 
 def _module(name: str, argv: list[str]) -> int:

@@ -2,132 +2,206 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import yaml
-
 from grn_scale.atomic import write_bytes
+from grn_scale.config.load import load_config
 from grn_scale.errors import UserError
-from grn_scale.studies.results import MEASURED, summarize
+from grn_scale.studies import pictures
+from grn_scale.studies.page import Heading, Items, Part, Pictures, Table, Text, markdown, page
+from grn_scale.studies.predicted import Prediction, predict
+from grn_scale.studies.results import MEASURED, differences
 from grn_scale.studies.study import Study
+from grn_scale.studies.summary import CONFIDENCE, Interval, summarize
 
 Rows = Sequence[Mapping[str, Any]]
-_STYLE = ("body{font:16px/1.5 sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:#222}"
-          "table{border-collapse:collapse;margin:1em 0}td,th{border:1px solid #ccc;padding:.3em .6em;text-align:right}"
-          "td:first-child,th:first-child{text-align:left}img{max-width:100%}pre{background:#f4f4f4;padding:1em}")
-_NUMBERS = ("series", "processes", "repeats", "tokens/s", "95 % interval", "efficiency", "against, processes",
-            "step, s", "waits for data",
-            "forward and backward, s", "optimizer, s", "MFU", "HFU")
+NOT_KNOWN = "not known"
+WHERE = {"cluster": "Cluster", "gpu": "GPU", "cpu": "CPU of the first node", "cores": "Cores that a job's process sees",
+         "interconnect": "Interconnect, as the cluster file sets it",
+         "network_gigabytes_per_second": "Sum over the nodes' links before the start (GB/s)", "driver": "NVIDIA driver",
+         "cuda": "CUDA", "nccl": "NCCL", "torch": "torch", "megatron_core": "megatron-core", "deepspeed": "DeepSpeed",
+         "python": "Python", "system": "System", "image": "Container image", "commit": "Commit of grn_scale"}
 
 
-def write_report(study: Study, rows: Rows) -> list[dict[str, Any]]:
-    """Write report.md and report.html into the study; the summary rows. UserError where nothing is measured."""
-    summary = summarize(rows)
-    if not summary:
+def write_report(study: Study, rows: Rows, hardware: str = "") -> list[dict[str, Any]]:
+    """Write report.md and report.html into the study; the summary rows. UserError where nothing is measured.
+
+    hardware: what predictions count with, see `predict`.
+    """
+    lines = summarize(rows)
+    if not lines:
         states = ", ".join(f"{row['cell']}: {row['state']}" for row in rows[:5])
-        raise UserError(f"{study.folder} has no measured cell ({states}): submit, wait for the jobs, and collect again")
-    parts = _parts(study, rows, summary)
-    write_bytes(study.folder / "report.md", _markdown(parts).encode())
-    write_bytes(study.folder / "report.html", _html(study, parts, _picture(summary)).encode())
-    return summary
+        raise UserError(f"{study.folder} has no measured cell ({states or 'nor any other'}): submit, wait for the "
+                        "jobs, and collect again")
+    plans = [predict(study, line, rows, hardware) for line in lines]
+    parts = list(_parts(study, rows, lines, plans))
+    write_bytes(study.folder / "report.md", markdown(parts).encode())
+    write_bytes(study.folder / "report.html", page(f"Scaling study: {study.file.name}", parts).encode())
+    return lines
 
 
-def _parts(study: Study, rows: Rows, summary: Rows) -> list[tuple[str, Any]]:
-    """Headings and paragraphs as text, tables as lists of rows whose first is the head."""
-    file, first = study.file, next(row for row in rows if row["state"] == MEASURED)
-    measured = sum(row["state"] == MEASURED for row in rows)
-    best = max(summary, key=lambda row: row["tokens_per_second"])
-    text = (f"{file.mode.capitalize()} scaling on {', '.join(map(str, file.processes))} processes: {measured} of "
-            f"{len(rows)} cells are measured. Each run takes {study.steps} steps, of which the first "
-            f"{file.warmup_steps} are left out; seed and data are the same in all. It ran on "
-            f"{first['nodes'] or 'unknown'} with torch {first['torch'] or 'unknown'}, at commit "
-            f"{first['commit'] or 'unknown'}. The highest "
-            f"throughput is {best['tokens_per_second']:,.0f} tokens/s, of {best['series']} on {best['processes']} "
-            f"processes at an efficiency of {best['efficiency']:.0%}. Efficiency is throughput a process over that of "
-            "the smallest measured cell of the series.")
-    parts: list[tuple[str, Any]] = [("h1", f"Scaling study {file.name}"), ("p", text), ("picture", ""),
-                                    ("h2", "Results"), ("table", [_NUMBERS, *(_line(row) for row in summary)]),
-                                    ("p", "Peak memory is not in the metrics of runs, and no prediction is compared.")]
-    flagged = [(row["cell"], row["flags"]) for row in rows if row.get("flags")]
-    parts += [("h2", "Suspicious cells"), ("table", [("cell", "why"), *flagged]) if flagged else ("p", "None.")]
+def _parts(study: Study, rows: Rows, lines: Rows, plans: Sequence[Prediction | str]) -> Iterator[Part]:
+    yield Heading(f"Scaling study: {study.file.name}", 1)
+    yield from _opening(study, rows, lines)
+    yield from _throughput(lines)
+    yield from _time(lines)
+    yield from _memory(lines, plans)
+    yield from _plan(lines, plans)
+    yield Heading("Suspicious cells")
+    found = [(row["cell"], row["flags"]) for row in rows if row.get("flags")]
+    mixed = [("all", f"cells differ in what they should share: {each}") for each in differences(rows)]
+    yield Table(("cell", "why"), [*mixed, *found], words=2) if mixed or found else Text("None.")
+    yield Heading("Cells without a result")
     missing = [(row["cell"], row["state"], row["reason"]) for row in rows if row["state"] != MEASURED]
-    missing += [(f"{each['series']}-p{each['processes']}", "illegal", each["reason"]) for each in study.illegal]
-    parts += [("h2", "Cells without a result"),
-              ("table", [("cell", "state", "reason"), *missing]) if missing else ("p", "None.")]
-    settings = {"config": file.config or "defaults", "set": file.set, "layouts": file.layouts, "axes": file.axes}
-    return [*parts, ("h2", "Configuration"), ("pre", yaml.safe_dump(settings, sort_keys=False))]
+    missing += [(f"{each['series']} on {each['size']}", "illegal", each["reason"]) for each in study.illegal]
+    yield Table(("cell", "state", "reason"), missing, words=3) if missing else Text("None.")
+    yield from _configuration(study, rows)
+    yield from _runs(rows)
 
 
-def _line(row: Mapping[str, Any]) -> tuple[str, ...]:
-    def show(key: str, form: Callable[[float], str]) -> str:
-        return "n/a" if row[key] is None else form(row[key])
-
-    interval = "n/a" if row["low"] is None else f"{row['low']:,.0f} to {row['high']:,.0f}"
-    return (row["series"], str(row["processes"]), str(row["repeats"]), f"{row['tokens_per_second']:,.0f}", interval,
-            f"{row['efficiency']:.0%}", str(row["base"]), f"{row['step_seconds']:.3g}", f"{row['data_wait_share']:.1%}",
-            show("forward_backward_seconds", "{:.3g}".format), show("optimizer_seconds", "{:.3g}".format),
-            show("mfu", "{:.1%}".format), show("hfu", "{:.1%}".format))
-
-
-def _markdown(parts: Sequence[tuple[str, Any]]) -> str:
-    lines = []
-    for kind, value in parts:
-        if kind == "table":
-            head, *body = value
-            clean = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in (head, *body)]
-            clean.insert(1, ["---"] * len(head))
-            lines.append("\n".join(f"| {' | '.join(row)} |" for row in clean))
-        elif kind != "picture":
-            lines.append({"h1": f"# {value}", "h2": f"## {value}", "pre": f"```yaml\n{value}```"}.get(kind, value))
-    return "\n\n".join(lines) + "\n"
+def _opening(study: Study, rows: Rows, lines: Rows) -> Iterator[Part]:
+    """What was asked, and what came out, for somebody who was not there."""
+    file, measured = study.file, [row for row in rows if row["state"] == MEASURED]
+    best = max(lines, key=lambda line: line["throughput"].value)
+    grows = ("The work of a step grows with the number of processes (weak scaling)" if file.mode == "weak" else
+             "The work of a step is the same for all sizes (strong scaling)")
+    varied = f"{len(file.layouts)} layouts" if file.layouts else "one layout"
+    axes = f" and the values of {', '.join(file.axes)}" if file.axes else ""
+    yield Text(f"How does training scale on {', '.join(size.label for size in file.processes)} processes? {grows}. "
+               f"Compared are {varied}{axes}, with {file.repeats} run{'s' * (file.repeats > 1)} of each. "
+               f"{len(measured)} of {len(rows)} runs are measured.")
+    yield Text(f"The highest throughput is {best['throughput'].value:,.0f} tokens/s, of {best['series']} on "
+               f"{best['size']} processes, at an efficiency of {best['efficiency'].value:.0%}.")
+    yield Text(f"How it was measured: every run takes {study.steps} steps with the same seed and data; the first "
+               f"{file.warmup_steps} are left out. Nothing is validated or saved meanwhile. Throughput is tokens over "
+               "time of the other steps, padding not counted; its mean over the runs of a size is the geometric one, "
+               f"with a {CONFIDENCE:.0%} confidence interval (Student's t of the logarithms). Two runs give a very "
+               "wide interval, one gives none. Efficiency is throughput a process over that of the smallest measured "
+               "size of the same series.")
 
 
-def _html(study: Study, parts: Sequence[tuple[str, Any]], png: bytes) -> str:
-    body = []
-    for kind, value in parts:
-        if kind == "table":
-            rows = ["".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row)
-                    for tag, row in zip(["th"] + ["td"] * len(value), value)]
-            body.append("<table>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>")
-        elif kind == "picture":
-            body.append('<img alt="throughput, efficiency and step time over processes" src="data:image/png;base64,'
-                        f'{base64.b64encode(png).decode()}">')
-        else:
-            body.append(f"<{kind}>{html.escape(value)}</{kind}>")
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(study.file.name)}</title>'
-            f"<style>{_STYLE}</style></head><body>{''.join(body)}</body></html>\n")
+def _throughput(lines: Rows) -> Iterator[Part]:
+    yield Heading("Throughput and efficiency")
+    yield Pictures([(pictures.throughput(lines), "Throughput over the number of processes. Bars are confidence "
+                     "intervals; those longer than the picture are cut."),
+                    (pictures.efficiency(lines), "Efficiency over the number of processes.")])
+    yield Table(("series", "processes", "runs", "tokens/s", "interval (tokens/s)", "tokens/s a process", "efficiency",
+                 "interval", "against, processes", "MFU", "HFU"), [
+        (line["series"], line["size"], line["repeats"], f"{line['throughput'].value:,.0f}",
+         _interval(line["throughput"], "{:,.0f}".format), f"{line['throughput'].value / line['processes']:,.0f}",
+         f"{line['efficiency'].value:.0%}", _interval(line["efficiency"], "{:.0%}".format), line["base"],
+         _show(line["mfu"], "{:.1%}".format), _show(line["hfu"], "{:.1%}".format)) for line in lines])
+    if all(line["mfu"] is None for line in lines):
+        yield Text("MFU and HFU are shares of a GPU's peak; these runs had none whose peak is known.")
 
 
-def _picture(summary: Rows) -> bytes:
-    """PNG: throughput with intervals, efficiency, and the parts of a step, over the number of processes."""
-    from matplotlib.figure import Figure
+def _time(lines: Rows) -> Iterator[Part]:
+    yield Heading("What the time of a step goes to")
+    yield Pictures([(pictures.step_parts(lines), "Median time of a step by part.")])
+    parts = ("data_wait_seconds", "forward_backward_seconds", "optimizer_seconds")
+    yield Table(("series", "processes", "step (s)", "waiting for data (s)", "forward and backward (s)",
+                 "gradient reduction and optimizer (s)", "everything else (s)", "waiting for data (share)"), [
+        (line["series"], line["size"], f"{line['step_seconds']:.3g}", *(_show(line[part], "{:.3g}".format)
+         for part in parts), f"{max(0.0, line['step_seconds'] - sum(line[part] or 0.0 for part in parts)):.2g}",
+         f"{line['data_wait_share']:.1%}") for line in lines])
 
-    figure = Figure(figsize=(14, 4), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    for series in dict.fromkeys(row["series"] for row in summary):
-        rows = [row for row in summary if row["series"] == series]
-        x, rates = [row["processes"] for row in rows], [row["tokens_per_second"] for row in rows]
-        # a median of resampled repeats may lie on either side of nothing: the interval holds the median itself
-        errors = [[max(0, rate - (row["low"] or rate)) for row, rate in zip(rows, rates)],
-                  [max(0, (row["high"] or rate) - rate) for row, rate in zip(rows, rates)]]
-        left.errorbar(x, rates, yerr=errors, marker="o", capsize=3, label=series)
-        middle.plot(x, [100 * row["efficiency"] for row in rows], marker="o", label=series)
-    names = [f"{row['series']}\n{row['processes']}" for row in summary]
-    bottom = [0.0] * len(summary)
-    for key in ("data_wait_seconds", "forward_backward_seconds", "optimizer_seconds"):
-        values = [row[key] or 0.0 for row in summary]
-        right.bar(range(len(names)), values, bottom=bottom, label=key.removesuffix("_seconds").replace("_", " "))
-        bottom = [a + b for a, b in zip(bottom, values)]
-    right.set_xticks(range(len(names)), names, fontsize="x-small", rotation=60)
-    left.set(xlabel="processes", ylabel="throughput (tokens/s)", ylim=(0, None))
-    middle.set(xlabel="processes", ylabel="efficiency (%)", ylim=(0, None))
-    right.set(xlabel="series and processes", ylabel="time of a step (s)")
-    for axes in (left, middle, right):
-        axes.legend(fontsize="small")
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=110)
-    return stream.getvalue()
+
+def _memory(lines: Rows, plans: Sequence[Prediction | str]) -> Iterator[Part]:
+    yield Heading("Peak memory of the fullest process")
+    known = [(line, plan) for line, plan in zip(lines, plans) if line["peak_memory_bytes"] is not None]
+    if not known:
+        yield Text("The runs recorded none.")
+        return
+    on_gpu = known[0][0]["peak_memory_of"] == "GPU"
+    if not on_gpu:
+        yield Text("Without a GPU this is the resident memory of the process: interpreter and libraries are in it, so "
+                   "it is not compared with the planner, which counts tensors.")
+        yield Table(("series", "processes", "peak (GB)"), [
+            (line["series"], line["size"], _gigabytes(line["peak_memory_bytes"])) for line, _ in known])
+        return
+    yield Table(("series", "processes", "tensors (GB)", "held by the allocator (GB)", "predicted tensors (GB)",
+                 "predicted / measured - 1"), [
+        (line["series"], line["size"], _gigabytes(line["peak_memory_bytes"]), _gigabytes(line["peak_reserved_bytes"]),
+         _gigabytes(plan.memory) if isinstance(plan, Prediction) else "",
+         f"{plan.memory / line['peak_memory_bytes'] - 1:+.1%}" if isinstance(plan, Prediction) else "")
+        for line, plan in known])
+
+
+def _plan(lines: Rows, plans: Sequence[Prediction | str]) -> Iterator[Part]:
+    yield Heading("Predicted and measured")
+    found = [(line, plan) for line, plan in zip(lines, plans) if isinstance(plan, Prediction)]
+    reasons = dict.fromkeys(plan for plan in plans if isinstance(plan, str))
+    yield from (Text(f"No prediction: {reason}.") for reason in reasons)
+    if not found:
+        return
+    errors = sorted(abs(plan.seconds / line["step_seconds"] - 1) for line, plan in found)
+    yield Text("What the planner (grn-scale plan) says of the same configurations. The time of a step is off by "
+               f"{errors[len(errors) // 2]:.0%} in the median, by {errors[-1]:.0%} at most.")
+    yield Pictures([(pictures.against_plan(lines, plans), "Each point is a series on so many processes. Above the "
+                     "diagonal a step takes longer than predicted.")])
+    yield Table(("series", "processes", "measured step (s)", "predicted step (s)", "predicted / measured - 1",
+                 "predicted tokens/s", "computing (s)", "exchanges (s)", "bubble (s)", "reduction and optimizer (s)",
+                 "other (s)"), [
+        (line["series"], line["size"], f"{line['step_seconds']:.3g}", f"{plan.seconds:.3g}",
+         f"{plan.seconds / line['step_seconds'] - 1:+.0%}", f"{plan.tokens_per_second:,.0f}",
+         *(f"{plan.parts[part]:.2g}" for part in ("computing", "exchanges", "bubble", "update", "other")))
+        for line, plan in found])
+    yield Text("The prediction assumes:")
+    yield Items([*dict.fromkeys(words for _, plan in found for words in plan.assumed),
+                 "packs are full, and clips have tokenize.max_frames frames and captions of text.max_tokens tokens",
+                 "ranks are equally fast, and loading data hides behind computation"])
+
+
+def _configuration(study: Study, rows: Rows) -> Iterator[Part]:
+    yield Heading("Configuration")
+    file = study.file
+    first = next(row for row in rows if row["state"] == MEASURED)
+    config = load_config(study.config_of(next(cell for cell in study.cells if cell.name == first["cell"])))
+    model = config.model
+    yield Table(("of all cells", "value"), [
+        ("run file that cells start from", file.config or "none: the defaults"),
+        ("model", f"{model.num_layers} layers, width {model.hidden_size}, {model.num_heads} heads, MLP width "
+         f"{model.ffn_hidden_size}, unless a series says otherwise"),
+        ("precision", config.train.precision), ("token budget of a pack", f"{config.data.token_budget:,}"),
+        ("packs of a step, in the first cell", str(config.data.packs_per_step)),
+        *((key, str(value)) for key, value in file.set.items())], words=2)
+    layouts = [(name, ", ".join(f"{key} = {value}" for key, value in keys.items()) or "as above: data parallel alone")
+               for name, keys in (file.layouts or {"base": {}}).items()]
+    yield Table(("layout", "sets"), layouts, words=2)
+    if file.axes:
+        axes = [(key, ", ".join(map(str, points))) for key, points in file.axes.items()]
+        yield Table(("axis", "values"), axes, words=2)
+    yield Heading("Where it ran")
+    measured = [row for row in rows if row["state"] == MEASURED]
+    facts = [(name, ", ".join(sorted({str(row[key]) for row in measured if row.get(key) is not None})) or NOT_KNOWN)
+             for key, name in WHERE.items()]
+    if any(row.get("dirty") for row in measured):
+        facts.append(("Uncommitted changes", "yes: the commit alone does not tell what ran"))
+    yield Table(("what", "value"), facts, words=2)
+
+
+def _runs(rows: Rows) -> Iterator[Part]:
+    yield Heading("Every run")
+    yield Text("A cell that failed is run again in a new attempt; results.csv has all columns.")
+    yield Table(("cell", "state", "attempt", "job", "nodes", "began (UTC)", "configuration (SHA-256)", "tokens/s"), [
+        (row["cell"], row["state"], (row.get("attempt") or "").removeprefix("attempt-").lstrip("0"),
+         row.get("job") or "", row.get("nodes") or "", _date(row.get("began")), (row.get("config_sha256") or "")[:12],
+         _show(row.get("tokens_per_second"), "{:,.0f}".format)) for row in rows], words=7)
+
+
+def _date(seconds: float | None) -> str:
+    return "" if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
+
+
+def _gigabytes(size: int | None) -> str:
+    return "" if size is None else f"{size / 1e9:.2f}"
+
+
+def _interval(value: Interval, form: Callable[[float], str]) -> str:
+    return "" if value.low is None or value.high is None else f"{form(value.low)} to {form(value.high)}"
+
+
+def _show(value: float | None, form: Callable[[float], str]) -> str:
+    return "n/a" if value is None else form(value)

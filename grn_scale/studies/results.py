@@ -1,4 +1,4 @@
-"""What the runs of a study measured: a row for each cell, and for each series and number of processes."""
+"""What the runs of a study measured: a row for each cell."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import csv
 import io
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from grn_scale.atomic import atomic_file, write_bytes
 from grn_scale.errors import UserError
-from grn_scale.keyed import uniform
 
 MEASURED = "measured"
 TABLE, CSV, STEPS = "results.parquet", "results.csv", "steps.jsonl"
@@ -24,17 +23,23 @@ WIDE = 0.15
 """Half the distance of the quartiles over the median above which a cell is flagged."""
 STRAGGLER = 1.3
 """Slowest over median of a comparison between ranks above which a cell is flagged (as watchdog.straggler_ratio)."""
-_MEDIANS = ("step_seconds", "data_wait_seconds", "forward_backward_seconds", "optimizer_seconds",
-            "model_tflops_per_second", "mfu", "hfu", "fill")
+MEDIANS = ("step_seconds", "data_wait_seconds", "forward_backward_seconds", "optimizer_seconds",
+           "model_tflops_per_second", "mfu", "hfu", "fill")
+PEAKS = ("peak_memory_bytes", "peak_reserved_bytes")
 _COMPARED = ("replicas_forward_backward", "ranks_probe")
-SAMPLES = 1000
+SAME = ("commit", "dirty", "torch", "cuda", "nccl", "driver", "gpu", "cpu", "cluster")
+"""Columns that cells must share to be compared."""
 
 
 def measure(rows: Sequence[Mapping[str, Any]], warmup: int) -> dict[str, Any]:
-    """Medians, spread and flags of the steps behind the warm-up. Seconds are per step, throughput is of the whole job.
+    """Medians, spread and flags of the steps behind the warm-up. Seconds are per step, throughput is of the whole job,
+    memory is the peak of the fullest rank.
 
-    UserError where no such step is there.
+    UserError where no such step is there, or where the run was interrupted.
     """
+    starts = {row["attempt"] for row in rows if row.get("attempt") is not None}
+    if len(starts) > 1:
+        raise UserError(f"it was interrupted, and went on in {len(starts)} starts: that is no measurement")
     steps = [row for row in rows if row["step"] > warmup and "step_seconds" in row]
     if not steps:
         raise UserError(f"no step behind the {warmup} of the warm-up")
@@ -42,9 +47,12 @@ def measure(rows: Sequence[Mapping[str, Any]], warmup: int) -> dict[str, Any]:
     found: dict[str, Any] = {
         "steps": len(steps), "tokens_per_second": sum(row["tokens"] for row in steps)
         / sum(row["step_seconds"] for row in steps), "tokens_per_second_median": statistics.median(rates)}
-    for key in _MEDIANS:
+    for key in MEDIANS:
         values = [row[key] for row in steps if row.get(key) is not None]
         found[key] = statistics.median(values) if values else None
+    for key in PEAKS:
+        found[key] = max((row[key] for row in steps if row.get(key) is not None), default=None)
+    found["peak_memory_of"] = next((row["peak_memory_of"] for row in steps if row.get("peak_memory_of")), None)
     waits = sum(row["data_wait_seconds"] for row in steps)
     found["data_wait_share"] = waits / sum(row["step_seconds"] for row in steps)
     seconds = [row["step_seconds"] for row in steps]
@@ -54,61 +62,34 @@ def measure(rows: Sequence[Mapping[str, Any]], warmup: int) -> dict[str, Any]:
     return found
 
 
-def _flags(steps: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -> list[str]:
+def _flags(steps: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -> Iterator[str]:
     """What makes a cell suspicious, in words."""
-    flags = []
     if found["data_wait_share"] > DATA_BOUND:
-        flags.append(f"data-bound: {found['data_wait_share']:.0%} of the time waits for data")
+        yield f"data-bound: {found['data_wait_share']:.0%} of the time waits for data"
     third = len(steps) // 3
     if third >= 3:
         first, last = (statistics.median(row["tokens_per_second"] / max(row["tokens"], 1) for row in part)
                        for part in (steps[:third], steps[-third:]))
         if last < SLOWDOWN * first:
-            flags.append(f"slows down: steps a second fall to {last / first:.0%} over the run (clocks or heat)")
+            yield f"slows down: steps a second fall to {last / first:.0%} over the run (clocks or heat)"
     for key in _COMPARED:
         ratios = [row[f"{key}_max"] / row[f"{key}_median"] for row in steps if row.get(f"{key}_median")]
         if ratios and statistics.median(ratios) > STRAGGLER:
-            flags.append(f"straggler: {key} of the slowest is {statistics.median(ratios):.2f} times the median")
+            yield f"straggler: {key} of the slowest is {statistics.median(ratios):.2f} times the median"
     width = (found["step_seconds_high"] - found["step_seconds_low"]) / 2 / found["step_seconds"]
     if width > WIDE:
-        flags.append(f"wide spread: half of the steps lie within {width:.0%} of the median, no closer")
-    return flags
+        yield f"wide spread: half of the steps lie within {width:.0%} of the median, no closer"
 
 
-def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each series and number of processes that has a measured cell.
-
-    tokens_per_second is the median over repeats, low and high the 95 % interval of a percentile bootstrap over repeats
-    (Efron and Tibshirani 1993, chapter 13; None below two repeats). efficiency is throughput a process over that of the
-    smallest measured cell of the series, `base`, in processes.
-    """
-    groups: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        if row["state"] == MEASURED:
-            groups.setdefault((row["series"], row["processes"]), []).append(row)
-    found: list[dict[str, Any]] = []
-    base: dict[str, tuple[int, float]] = {}
-    for (series, processes), cells in sorted(groups.items()):
-        values = [cell["tokens_per_second"] for cell in cells]
-        rate = statistics.median(values)
-        first = base.setdefault(series, (processes, rate))
-        low, high = _interval(values, series, processes)
-        row = {"series": series, "processes": processes, "repeats": len(cells), "tokens_per_second": rate, "low": low,
-               "high": high, "efficiency": rate / processes / (first[1] / first[0]), "base": first[0],
-               "data_wait_share": statistics.median(cell["data_wait_share"] for cell in cells)}
-        for key in _MEDIANS:
-            known = [cell[key] for cell in cells if cell.get(key) is not None]
-            row[key] = statistics.median(known) if known else None
-        found.append(row)
+def differences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What measured cells do not share and should, in words."""
+    measured = [row for row in rows if row["state"] == MEASURED]
+    found = []
+    for key in SAME:
+        values = sorted({str(row[key]) for row in measured if row.get(key) is not None})
+        if len(values) > 1:
+            found.append(f"{key}: {', '.join(values)}")
     return found
-
-
-def _interval(values: Sequence[float], series: str, processes: int) -> tuple[float | None, float | None]:
-    if len(values) < 2:
-        return None, None
-    medians = sorted(statistics.median(values[int(uniform("study", series, processes, sample, i) * len(values))]
-                                       for i in range(len(values))) for sample in range(SAMPLES))
-    return medians[int(0.025 * SAMPLES)], medians[int(0.975 * SAMPLES)]
 
 
 def write_results(folder: Path, rows: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, Any]]) -> None:
@@ -131,6 +112,11 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     """The rows of cells that `write_results` wrote; UserError where there are none."""
     if not (folder / TABLE).is_file():
         raise UserError(f"{folder} has no {TABLE}: collect first, with `grn-scale scaling collect {folder}`")
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    return pq.read_table(folder / TABLE).to_pylist()
+    try:
+        return pq.read_table(folder / TABLE).to_pylist()
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{folder / TABLE} cannot be read ({error}): collect again, with `grn-scale scaling collect "
+                        f"{folder}`") from error

@@ -1,53 +1,34 @@
-"""A scaling study: its file, and the matrix of cells that follows from it.
+"""A scaling study on disk, and the matrix of cells that follows from its file.
 
-    STUDY/study.json                what was asked for, the cells, and the layouts that are illegal with the reason
-    STUDY/cells/NAME/config.yaml    resolved configuration of a cell
-    STUDY/cells/NAME/attempt-0001/  run folder of an attempt; a failed cell starts afresh in the next one
+    STUDY/study.json                        what was asked for, the cells with the hash of their configuration, and the
+                                            layouts that are illegal with the reason
+    STUDY/cells/NAME/config.yaml            resolved configuration of a cell
+    STUDY/cells/NAME/attempt-0001/          run folder of an attempt; a failed cell starts afresh in the next one
+    STUDY/cells/NAME/attempt-0001.site.yaml facts of the site that it was submitted to, with the nodes of this cell
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from grn_scale.atomic import write_bytes, write_json
 from grn_scale.command_line import config_yaml
 from grn_scale.config.check import check_layout
-from grn_scale.config.load import build, load_config, parse_yaml
+from grn_scale.config.load import load_config
 from grn_scale.config.schema import Config
 from grn_scale.errors import ConfigError, UserError
+from grn_scale.studies.study_file import Size, StudyFile
 
 STUDY, CELLS, CONFIG = "study.json", "cells", "config.yaml"
-FORMAT = "grn_scale scaling study 1"
-MODES = ("weak", "strong")
+FORMAT = "grn_scale scaling study 2"
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._]+")
-
-
-@dataclass(frozen=True)
-class StudyFile:
-    """What a study file may hold."""
-
-    name: str = ""
-    config: str = ""
-    """Run file that all cells start from, beside the study file; empty: the defaults."""
-    set: dict[str, Any] = field(default_factory=dict)
-    """Dotted key -> value, of all cells."""
-    mode: str = "strong"
-    """weak: data.packs_per_step grows with the number of processes; strong: it stays."""
-    processes: tuple[int, ...] = ()
-    layouts: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Name -> dotted keys of a layout; empty: one layout, named base."""
-    axes: dict[str, list[Any]] = field(default_factory=dict)
-    """Dotted key -> values; every combination is a series of its own."""
-    repeats: int = 3
-    warmup_steps: int = 10
-    """Steps at the start of each run that are left out of the measurement."""
-    measured_steps: int = 30
 
 
 @dataclass(frozen=True)
@@ -56,11 +37,13 @@ class Cell:
 
     name: str
     series: str
-    """Layout and values of the axes: cells of a series differ in processes and repeats alone."""
-    processes: int
+    """Layout and values of the axes: cells of a series differ in size and repeats alone."""
+    size: Size
     repeat: int
     values: dict[str, Any]
     """Dotted keys in which this cell differs from the study's base."""
+    config_sha256: str
+    """Of config.yaml as it was generated."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +54,7 @@ class Study:
     file: StudyFile
     cells: tuple[Cell, ...]
     illegal: tuple[dict[str, Any], ...]
-    """Series, processes and reason of what no run can be."""
+    """Series, size and reason of what no run can be."""
 
     def cell_folder(self, cell: Cell) -> Path:
         return self.folder / CELLS / cell.name
@@ -80,69 +63,50 @@ class Study:
         """Run folders of a cell, oldest first."""
         return sorted(self.cell_folder(cell).glob("attempt-[0-9][0-9][0-9][0-9]"))
 
+    def config_of(self, cell: Cell) -> Path:
+        """The cell's configuration. UserError where it is not what was generated."""
+        path = self.cell_folder(cell) / CONFIG
+        if not path.is_file() or _digest(path.read_bytes()) != cell.config_sha256:
+            raise UserError(f"{path} is not what `scaling generate` wrote, and a cell that differs from its study "
+                            "measures something else: put it back, or change the study file and generate another study")
+        return path
+
     @property
     def steps(self) -> int:
         """Steps of every run."""
         return self.file.warmup_steps + self.file.measured_steps
 
 
-def read_study_file(path: Path) -> StudyFile:
-    """The study that a YAML file asks for; ConfigError naming the key, the rule and the remedy."""
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such study file; docs/scaling.md shows one")
-    values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: a study file is a mapping with at least `processes: [1, 2, 4]`")
-    maps = {key: values.pop(key, None) or {} for key in ("set", "layouts", "axes")}
-    for key, found in maps.items():
-        if not isinstance(found, dict):
-            raise ConfigError(f"{path}: {key} is {found!r}, but must be a mapping")
-    for name, layout in maps["layouts"].items():
-        if layout is not None and not isinstance(layout, dict):
-            raise ConfigError(f"{path}: layouts.{name} is {layout!r}, but must map dotted keys to values")
-    for key, points in maps["axes"].items():
-        if not isinstance(points, list) or not points:
-            raise ConfigError(f"{path}: axes.{key} is {points!r}, but must be a list of values, such as [1, 2]")
-    plain = build(_Plain, values)
-    if plain.mode not in MODES:
-        raise ConfigError(f"{path}: mode is {plain.mode!r}, but must be weak or strong")
-    if not plain.processes or min(plain.processes) < 1 or len(set(plain.processes)) < len(plain.processes):
-        raise ConfigError(f"{path}: processes is {list(plain.processes)}, but must hold different numbers above 0, "
-                          "such as [1, 2, 4]")
-    for key, least in (("repeats", 1), ("measured_steps", 2), ("warmup_steps", 0)):
-        if getattr(plain, key) < least:
-            raise ConfigError(f"{path}: {key} is {getattr(plain, key)}, but must be at least {least}")
-    layouts = {name: layout or {} for name, layout in maps["layouts"].items()}
-    config = plain.config
-    if config and not config.startswith("configs/") and (path.parent / config).is_file():
-        config = str((path.parent / config).absolute())
-    return StudyFile(**{**asdict(plain), "config": config, "name": plain.name or path.stem}, set=maps["set"],
-                     layouts=layouts, axes=maps["axes"])
+def site_file(attempt: Path) -> Path:
+    """Where the facts of the site stand that an attempt was submitted to."""
+    return attempt.with_name(f"{attempt.name}.site.yaml")
 
 
 def generate(file: StudyFile, folder: Path) -> Study:
     """Write the study's folder. Raises ConfigError where no cell is legal, UserError where the folder is not empty."""
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty: give another output, or `grn-scale scaling submit {folder}`")
-    cells, illegal, texts = [], [], {}
+    cells: list[Cell] = []
+    illegal, texts = [], {}
     for series, keys in _series(file):
-        for processes in file.processes:
+        for size in file.processes:
             try:
-                values = {**keys, **_growth(file, keys, processes)}
+                values = {**keys, **_growth(file, keys, size)}
                 config = _resolve(file, values)
-                check_layout(config, processes)
+                check_layout(config, size.processes)
             except ConfigError as error:
-                illegal.append({"series": series, "processes": processes, "reason": str(error)})
+                illegal.append({"series": series, "size": size.label, "reason": str(error)})
                 continue
+            text = config_yaml(config)
             for repeat in range(1, file.repeats + 1):
-                cell = Cell(f"{series}-p{processes}-r{repeat}", series, processes, repeat, values)
-                if cell.name in texts:
-                    raise ConfigError(f"two cells would be called {cell.name}: give layouts and values other names")
-                cells.append(cell)
-                texts[cell.name] = config_yaml(config)
+                name = f"{series}-{'n' if size.per_node else 'p'}{size.label}-r{repeat}"
+                if name in texts:
+                    raise ConfigError(f"two cells would be called {name}: give layouts and values other names")
+                cells.append(Cell(name, series, size, repeat, values, _digest(text.encode())))
+                texts[name] = text
     if not cells:
         raise ConfigError("no cell of the study is legal:\n" + "\n".join(
-            f"  {each['series']} on {each['processes']} processes: {each['reason']}" for each in illegal))
+            f"  {each['series']} on {each['size']} processes: {each['reason']}" for each in illegal))
     study = Study(folder.absolute(), file, tuple(cells), tuple(illegal))
     for name, text in texts.items():
         (folder / CELLS / name).mkdir(parents=True)
@@ -157,28 +121,19 @@ def read_study(folder: Path) -> Study:
     path = folder / STUDY
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        known = found["format"] == FORMAT
+        if found["format"] != FORMAT:
+            raise UserError(f"{path} is of format {found['format']!r}, not {FORMAT!r}: generate it again")
+        sizes = tuple(Size(**size) for size in found["file"]["processes"])
+        cells = tuple(Cell(**{**cell, "size": Size(**cell["size"])}) for cell in found["cells"])
+        return Study(folder.absolute(), StudyFile(**{**found["file"], "processes": sizes}), cells,
+                     tuple(found["illegal"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is no folder of a scaling study ({error}): make one with `grn-scale scaling "
                         f"generate --config study.yaml output={folder}`") from error
-    if not known:
-        raise UserError(f"{path} is of format {found['format']!r}, not {FORMAT!r}: generate it again")
-    file = StudyFile(**{**found["file"], "processes": tuple(found["file"]["processes"])})
-    return Study(folder.absolute(), file, tuple(Cell(**cell) for cell in found["cells"]),
-                 tuple(found["illegal"]))
 
 
-@dataclass(frozen=True)
-class _Plain:
-    """The keys of a study file that are no free mappings."""
-
-    name: str = ""
-    config: str = ""
-    mode: str = "strong"
-    processes: tuple[int, ...] = ()
-    repeats: int = 3
-    warmup_steps: int = 10
-    measured_steps: int = 30
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _series(file: StudyFile) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -194,19 +149,15 @@ def _short(value: Any) -> str:
     return Path(str(value)).stem if "/" in str(value) else str(value)
 
 
-def _growth(file: StudyFile, keys: Mapping[str, Any], processes: int) -> dict[str, int]:
+def _growth(file: StudyFile, keys: Mapping[str, Any], size: Size) -> dict[str, int]:
     """What grows with the number of processes: packs_per_step of weak scaling, in proportion to the smallest cell."""
     if file.mode == "strong":
         return {}
-    try:
-        packs = _resolve(file, keys).data.packs_per_step
-    except ConfigError:
-        return {}  # told, with its reason, where the cell is resolved
-    smallest = min(file.processes)
-    if packs * processes % smallest:
-        raise ConfigError(f"weak scaling from {smallest} to {processes} processes: data.packs_per_step={packs} does "
-                          f"not grow to a whole number; take a multiple of {smallest}")
-    return {"data.packs_per_step": packs * processes // smallest}
+    packs, smallest = _resolve(file, keys).data.packs_per_step, min(each.processes for each in file.processes)
+    if packs * size.processes % smallest:
+        raise ConfigError(f"weak scaling from {smallest} to {size.processes} processes: data.packs_per_step={packs} "
+                          f"does not grow to a whole number; take a multiple of {smallest}")
+    return {"data.packs_per_step": packs * size.processes // smallest}
 
 
 def _resolve(file: StudyFile, values: Mapping[str, Any]) -> Config:

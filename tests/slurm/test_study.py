@@ -48,4 +48,4 @@ def test_a_study_goes_from_its_file_to_the_report_and_runs_a_failed_cell_again(c
     rows = {row["cell"]: row for row in read_results(study)}
     assert {row["state"] for row in rows.values()} == {"measured"} and rows["tp-p2-r1"]["steps"] == 6
     assert rows["dp-p2-r1"]["attempt"] == "attempt-0002" and rows["dp-p1-r1"]["attempt"] == "attempt-0001"
-    assert "data:image/png" in (study / "report.html").read_text()
+    assert "data:image/svg+xml" in (study / "report.html").read_text()

@@ -19,7 +19,7 @@ ARROWS = {
     "config": set(),
     "perf": set(),
     "planning": {"perf"},
-    "studies": {"command_line"},
+    "studies": {"command_line", "planning"},
     "model": set(),
     "tokenizer": set(),
     "checkpoint": set(),

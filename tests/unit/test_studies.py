@@ -1,4 +1,4 @@
-"""Scaling studies: the matrix that follows from a file, and what is made of the runs' records."""
+"""Scaling studies: the matrix that follows from a file, and how its jobs are placed."""
 
 from __future__ import annotations
 
@@ -7,43 +7,25 @@ from pathlib import Path
 import pytest
 import yaml
 
+from grn_scale.config.cluster import Cluster
 from grn_scale.config.load import load_config
 from grn_scale.errors import ConfigError, UserError
-from grn_scale.studies.report import write_report
-from grn_scale.studies.results import measure, read_results, summarize, write_results
-from grn_scale.studies.study import generate, read_study, read_study_file
+from grn_scale.studies.results import read_results
+from grn_scale.studies.study import generate, read_study
+from grn_scale.studies.study_file import Size, read_study_file
 from grn_scale.tools import scaling
-
-SMALL = {"model.hidden_size": 32, "model.num_layers": 4, "model.num_heads": 4, "model.ffn_hidden_size": 64,
-         "data.packs_per_step": 4, "data.token_budget": 128}
-
-
-def study_file(folder: Path, **keys: object) -> Path:
-    path = folder / "study.yaml"
-    path.write_text(yaml.safe_dump({"set": SMALL, "processes": [1, 2], "repeats": 2, "warmup_steps": 2,
-                                    "measured_steps": 9, **keys}))
-    return path
-
-
-def step(number: int, **values: float) -> dict[str, float]:
-    return {"step": number, "step_seconds": 2.0, "data_wait_seconds": 0.0, "tokens": 100, "tokens_per_second": 50.0,
-            **values}
-
-
-def cell(series: str, processes: int, repeat: int, rate: float) -> dict[str, object]:
-    row = measure([step(number, tokens=rate * 2, tokens_per_second=rate) for number in range(1, 12)], 2)
-    return {"cell": f"{series}-p{processes}-r{repeat}", "series": series, "processes": processes, "repeat": repeat,
-            "state": "measured", "reason": "", "nodes": "node1", "torch": "2", "commit": "abc", **row}
+from grn_scale.tools.scaling_jobs import place
+from tests.helpers.studies import study_file
 
 
 def test_every_legal_combination_is_a_cell_and_the_others_keep_their_reason(tmp_path: Path) -> None:
     file = read_study_file(study_file(tmp_path, layouts={"dp": None, "tp": {"parallel.tensor": 2}},
                                       axes={"data.token_budget": [128, 256]}, mode="weak"))
     study = generate(file, tmp_path / "study")
-    assert {(made.series, made.processes) for made in study.cells} == {
+    assert {(made.series, made.size.processes) for made in study.cells} == {
         ("dp-token_budget128", 1), ("dp-token_budget128", 2), ("dp-token_budget256", 1), ("dp-token_budget256", 2),
         ("tp-token_budget128", 2), ("tp-token_budget256", 2)}
-    assert len(study.cells) == 12 and [each["processes"] for each in study.illegal] == [1, 1]
+    assert len(study.cells) == 12 and [each["size"] for each in study.illegal] == ["1", "1"]
     assert "parallel.tensor" in study.illegal[0]["reason"]
     config = load_config(study.folder / "cells/dp-token_budget256-p2-r1/config.yaml", [])
     assert (config.data.packs_per_step, config.data.token_budget, config.train.steps) == (8, 256, 11)
@@ -52,12 +34,31 @@ def test_every_legal_combination_is_a_cell_and_the_others_keep_their_reason(tmp_
         generate(file, tmp_path / "study")
 
 
+def test_models_sequence_lengths_and_zero_stages_are_axes(tmp_path: Path) -> None:
+    axes = {"model": ["configs/model/grn_tiny.yaml", "configs/model/grn_0b.yaml"], "zero.stage": [1, 2],
+            "data.token_budget": [1024, 2048]}
+    file = study_file(tmp_path, set={"data.packs_per_step": 2}, processes=[2], axes=axes)
+    study = generate(read_study_file(file), tmp_path / "study")
+    assert len(study.cells) == 2 * 2 * 2 * 2
+    config = load_config(study.config_of(study.cells[-1]))
+    assert study.cells[-1].name == "base-modelgrn_0b-stage2-token_budget2048-p2-r2"
+    assert (config.model.hidden_size, config.zero.stage, config.data.token_budget) == (512, 2, 2048)
+
+
 @pytest.mark.parametrize("keys,words", [
-    ({"processes": []}, "must hold different numbers above 0"), ({"mode": "sideways"}, "must be weak or strong"),
-    ({"layout": {}}, "did you mean layouts|unknown key layout"), ({"axes": {"train.seed": 3}}, "must be a list of"),
-    ({"repeats": 0}, "repeats is 0"), ({"layouts": {"a": [1]}}, "layouts.a is"),
+    ({"processes": []}, r"processes is \[\], but must be a list"), ({"processes": None}, "must be a list of numbers"),
+    ({"processes": [0]}, "processes holds 0, but must hold numbers of processes above 0"),
+    ({"processes": ["2x"]}, "processes holds '2x'"), ({"processes": [2, 2]}, "holds a size twice"),
+    ({"mode": "sideways"}, "must be weak or strong"), ({"layout": {}}, "unknown key layout; did you mean layouts"),
+    ({"axes": {"train.seed": [3]}}, "axes sets train.seed, which is no configuration key"),
+    ({"axes": {"model.hidden": [3]}}, "did you mean model.hidden_size"),
+    ({"axes": {"seed": 3}}, "must be a list of"), ({"axes": {"seed": [3, 3]}}, "a list of different values"),
+    ({"repeats": 0}, "repeats is 0"), ({"measured_steps": 1}, "measured_steps is 1, but must be at least 2"),
+    ({"layouts": {"a": [1]}}, "layouts.a is"), ({"set": {"output": "x"}}, "set sets output"),
+    ({"layouts": {"a": {"zero.stage": 1}}, "axes": {"zero.stage": [1]}}, "stands in layouts.a and in axes"),
     ({"set": {"parallel.tensor": 3}}, "no cell of the study is legal"),
     ({"set": {"train.steps": 3}}, "set by the study's protocol"),
+    ({"layouts": {"a b": {}, "a_b": {}}}, "two cells would be called a_b-p1-r1"),
 ])
 def test_a_study_that_makes_no_sense_is_refused(tmp_path: Path, keys: dict, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
@@ -65,52 +66,71 @@ def test_a_study_that_makes_no_sense_is_refused(tmp_path: Path, keys: dict, word
     assert not (tmp_path / "study/study.json").exists()
 
 
+def test_a_configuration_that_was_changed_by_hand_is_refused(tmp_path: Path) -> None:
+    study = generate(read_study_file(study_file(tmp_path)), tmp_path / "study")
+    path = study.config_of(study.cells[0])
+    path.write_text(path.read_text().replace("hidden_size: 32", "hidden_size: 64"))
+    site = tmp_path / "site.yaml"
+    site.write_text("processes_per_node: 2\n")
+    with pytest.raises(UserError, match="config.yaml is not what `scaling generate` wrote.*generate another study"):
+        scaling.submit([str(study.folder), "--cluster", str(site), "--print"])
+    path.unlink()
+    with pytest.raises(UserError, match="put it back"):
+        study.config_of(study.cells[0])
+
+
+@pytest.mark.parametrize("size,site,expected", [
+    (Size(1), {"gpus_per_node": 8}, (1, 1)), (Size(8), {"gpus_per_node": 8}, (1, 8)),
+    (Size(16), {"gpus_per_node": 8}, (2, 8)), (Size(2), {"processes_per_node": 4}, (1, 2)),
+    (Size(8), {"processes_per_node": 4}, (2, 4)), (Size(4, 2), {"gpus_per_node": 8}, (2, 2)),
+    (Size(4, 2), {"processes_per_node": 4}, (2, 2)), (Size(3, 1), {}, (3, 1))])
+def test_processes_are_placed_on_nodes_with_and_without_gpus(size: Size, site: dict, expected: tuple) -> None:
+    nodes, found = place(size, Cluster("test", **site))
+    assert (nodes, found.gpus_per_node or found.processes_per_node) == expected
+    assert bool(found.gpus_per_node) == ("gpus_per_node" in site)
+
+
+@pytest.mark.parametrize("size,site,words", [
+    (Size(2), {}, "how many processes has a node of cluster test"),
+    (Size(12), {"gpus_per_node": 8}, "do not fill nodes of 8"),
+    (Size(8, 8), {"processes_per_node": 4}, "has 4, not 8")])
+def test_sizes_that_nodes_cannot_hold_are_refused(size: Size, site: dict, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        place(size, Cluster("test", **site))
+
+
+def test_a_size_reads_as_it_is_written() -> None:
+    assert [Size.read(value, "x").label for value in (4, "2x4")] == ["4", "2x4"]
+    assert Size.read("2x4", "x") == Size(8, 4)
+
+
+def test_jobs_get_the_site_with_the_processes_of_their_cell(tmp_path: Path, monkeypatch) -> None:
+    study = generate(read_study_file(study_file(tmp_path, processes=[1, "2x1"], repeats=1)), tmp_path / "study")
+    site = tmp_path / "site.yaml"
+    site.write_text("processes_per_node: 4\naccount: research\n")
+    seen = []
+
+    def job(kind: str, argv: list[str]) -> int:
+        options = dict(zip(argv, argv[1:]))
+        seen.append((options["--nodes"], yaml.safe_load(Path(options["--cluster"]).read_text()), options.get("--time")))
+        return 0
+
+    monkeypatch.setattr("grn_scale.slurm.submit.main", job)
+    assert scaling.submit([str(study.folder), "--cluster", str(site), "--print", "--time", "9"]) == 0
+    assert [(nodes, site["processes_per_node"], site["account"], time) for nodes, site, time in seen] == [
+        ("1", 1, "research", "9"), ("2", 1, "research", "9")]
+    assert not list(study.folder.glob("cells/*/*.site.yaml"))  # to print is to write nothing
+
+
 def test_other_folders_are_no_studies(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no folder of a scaling study"):
         read_study(tmp_path)
     with pytest.raises(UserError, match="collect first"):
         read_results(tmp_path)
+    (tmp_path / "results.parquet").write_bytes(b"")
+    with pytest.raises(UserError, match="collect again"):
+        read_results(tmp_path)
     with pytest.raises(ConfigError, match="are for --submit"):
         scaling.submit([str(tmp_path), "--print", "--wait"])
-
-
-def test_the_warm_up_is_left_out_and_waiting_for_data_is_told_apart() -> None:
-    rows = [step(1, step_seconds=60.0), step(2), step(3, data_wait_seconds=0.1), step(4, data_wait_seconds=0.1)]
-    found = measure(rows, 1)
-    assert (found["steps"], found["tokens_per_second"], found["step_seconds"]) == (3, 50.0, 2.0)
-    assert found["data_wait_share"] == pytest.approx(0.2 / 6) and found["flags"] == ""
-    with pytest.raises(UserError, match="no step behind"):
-        measure(rows, 4)
-
-
-@pytest.mark.parametrize("change,flag", [
-    (lambda n: {"data_wait_seconds": 0.5}, "data-bound: 25%"),
-    (lambda n: {"tokens_per_second": 50.0 if n < 6 else 40.0}, "slows down: steps a second fall to 80%"),
-    (lambda n: {"ranks_probe_max": 1.5, "ranks_probe_median": 1.0}, "straggler: ranks_probe"),
-    (lambda n: {"step_seconds": 1.0 + n % 2}, "wide spread"),
-])
-def test_suspicious_cells_are_flagged(change, flag: str) -> None:
-    assert flag in measure([step(number, **change(number)) for number in range(1, 10)], 0)["flags"]
-
-
-def test_efficiency_is_against_the_smallest_cell_of_the_series() -> None:
-    one, two, four = summarize([cell("dp", 1, 1, 50.0), cell("dp", 2, 1, 80.0), cell("dp", 2, 2, 90.0),
-                                cell("tp", 4, 1, 100.0), {"state": "failed"}])
-    assert (one["efficiency"], one["low"], one["base"]) == (1.0, None, 1)
-    assert two["tokens_per_second"] == 85.0 and two["efficiency"] == pytest.approx(0.85)
-    assert two["low"] == 80.0 and two["high"] == 90.0
-    assert (four["base"], four["efficiency"]) == (4, 1.0)
-
-
-def test_results_are_kept_and_reported(tmp_path: Path) -> None:
-    study = generate(read_study_file(study_file(tmp_path)), tmp_path / "study")
-    lost = {"cell": "base-p2-r2", "series": "base", "processes": 2, "repeat": 2, "state": "failed", "reason": "<died>"}
-    rows = [cell("base", 1, 1, 50.0), cell("base", 1, 2, 52.0), cell("base", 2, 1, 90.0), lost]
-    write_results(study.folder, rows, [step(1)])
-    assert [row["cell"] for row in read_results(study.folder)] == [row["cell"] for row in rows]
-    write_report(study, read_results(study.folder))
-    page, text = ((study.folder / name).read_text() for name in ("report.html", "report.md"))
-    assert "data:image/png;base64," in page and "&lt;died&gt;" in page and "3 of 4 cells are measured" in text
-    assert "| base | 2 | 1 | 90 |" in text
-    with pytest.raises(UserError, match="has no measured cell"):
-        write_report(study, [lost])
+    with pytest.raises(ConfigError, match="cannot read the study file"):
+        scaling.generate(["--config", str(tmp_path / "absent.yaml"), f"output={tmp_path / 'x'}"])
