@@ -64,13 +64,19 @@ class Machine:
 
     def assumed(self) -> list[str]:
         """What the rates are, in words."""
-        sheet, reached = self.gpu, self.reached
+        sheet = self.gpu
         return [f"{sheet.name} of {sheet.memory_gib:g} GiB, {sheet.bf16 / 1e12:g} TFLOP/s in bf16: "
                 f"matrix products reach {self.matmul / sheet.bf16:.0%}, attention {self.attention[0] / sheet.bf16:.0%} "
                 f"forward and {self.attention[1] / sheet.bf16:.0%} backward ({self.rates_from})",
-                f"a GPU sends {sheet.nvlink * reached.nvlink / 1e9:.0f} GB/s to the {self.reach} of its node or rack "
-                f"and {sheet.nic * reached.nic / 1e9:.0f} GB/s to others; {self.waiting:.1%} of a step is added "
-                f"for {self.nodes} nodes that wait for each other"]
+                *self._links()]
+
+    def _links(self) -> list[str]:
+        near, far = self.gpu.nvlink * self.reached.nvlink / 1e9, self.gpu.nic * self.reached.nic / 1e9
+        inside = f"a process sends {near:.3g} GB/s to the {self.reach} of its node or rack"
+        if self.nodes == 1:
+            return [inside] if self.gpus_per_node > 1 else []
+        return [f"{inside} and {far:.3g} GB/s to others; {self.waiting:.1%} of a step is added for {self.nodes} nodes that "
+                "wait for each other"]
 
 
 def find_machine(config: Config, gpu: str, nodes: int, gpus_per_node: int) -> Machine:

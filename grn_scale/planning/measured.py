@@ -105,9 +105,10 @@ def measured_machine(path: Path, nodes: int, per_node: int) -> Machine:
     return Machine(
         gpu, nodes, per_node, matmul=rates.matmul_bf16, attention=rates.attention_bf16, fp32=rates.matmul_fp32,
         attention_fp32=rates.attention_fp32, bandwidth=rates.bandwidth,
-        # compiled kernels are for GPUs: elsewhere the engine runs one operation after the other
+        # compiled kernels are for GPUs, and a CPU that sends computes no more meanwhile
         elementwise=reached.elementwise_eager if gpu.architecture == OTHER else reached.elementwise_fused,
-        leak=reached.leak, waiting=reached.straggler * math.log2(nodes), reached=links,
+        leak=1.0 if gpu.architecture == OTHER else reached.leak,
+        waiting=reached.straggler * math.log2(nodes), reached=links,
         rates_from=f"{path.name}, measured with {rates.processes} processes at once")
 
 
