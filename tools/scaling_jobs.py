@@ -30,20 +30,28 @@ log = logging.getLogger("grn_scale.scaling")
 
 def state_of(study: Study, cell: Cell) -> tuple[str, str, Path | None]:
     """State of a cell (measured, in the queue, failed, missing), why, and its newest attempt."""
-    attempts = [path for path in study.attempts(cell) if records_of(path).is_dir()]
+    attempts = _submitted(study, cell)
     if not attempts:
         return MISSING, "never submitted", None
-    attempt = attempts[-1]
+    return *_outcome(study, cell, attempts[-1]), attempts[-1]
+
+
+def _submitted(study: Study, cell: Cell) -> list[Path]:
+    return [path for path in study.attempts(cell) if records_of(path).is_dir()]
+
+
+def _outcome(study: Study, cell: Cell, attempt: Path) -> tuple[str, str]:
+    """State of an attempt, and why."""
     standing = standing_of(newest(attempt))
     if standing.active:
-        return WAITING, standing.state, attempt
+        return WAITING, standing.state
     if standing.state != FINISHED:
-        return FAILED, f"{standing.state} {standing.detail}".strip(), attempt
+        return FAILED, f"{standing.state} {standing.detail}".strip()
     try:
         measured(study, cell, attempt)
     except UserError as error:
-        return FAILED, str(error), attempt
-    return MEASURED, "", attempt
+        return FAILED, str(error)
+    return MEASURED, ""
 
 
 def collected(study: Study) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -54,6 +62,8 @@ def collected(study: Study) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]
         row: dict[str, Any] = {
             "cell": cell.name, "series": cell.series, "size": cell.size.label, "processes": cell.size.processes,
             "repeat": cell.repeat, "state": state, "reason": reason, "config_sha256": cell.config_sha256,
+            "failed_before": "; ".join(f"{each.name}: {_outcome(study, cell, each)[1]}"
+                                       for each in _submitted(study, cell)[:-1]),
             **(origin(attempt) if attempt else dict.fromkeys(ORIGIN)),
             **{f"set.{key}": str(value) for key, value in {**study.file.set, **cell.values}.items()}}
         if state == MEASURED and attempt is not None:
@@ -125,6 +135,5 @@ def place(size: Size, cluster: Cluster) -> tuple[int, Cluster]:
 
 
 def _waiting(study: Study) -> int:
-    return sum(bool(attempts) and standing_of(newest(attempts[-1])).active
-               for attempts in ([path for path in study.attempts(cell) if records_of(path).is_dir()]
-                                for cell in study.cells))
+    newest_attempts = [attempts[-1] for cell in study.cells if (attempts := _submitted(study, cell))]
+    return sum(standing_of(newest(attempt)).active for attempt in newest_attempts)

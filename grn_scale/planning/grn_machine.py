@@ -75,8 +75,8 @@ class Machine:
         inside = f"a process sends {near:.3g} GB/s to the {self.reach} of its node or rack"
         if self.nodes == 1:
             return [inside] if self.gpus_per_node > 1 else []
-        return [f"{inside} and {far:.3g} GB/s to others; {self.waiting:.1%} of a step is added for {self.nodes} nodes that "
-                "wait for each other"]
+        return [f"{inside} and {far:.3g} GB/s to others; {self.waiting:.1%} of a step is added for {self.nodes} nodes "
+                "that wait for each other"]
 
 
 def find_machine(config: Config, gpu: str, nodes: int, gpus_per_node: int) -> Machine:

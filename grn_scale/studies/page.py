@@ -50,17 +50,20 @@ class Items:
 
 @dataclass(frozen=True)
 class Table:
-    """Columns of numbers stand right, those named in `words` left."""
+    """The first `words` columns hold words and stand left, the others numbers."""
 
     head: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    rows: Sequence[Sequence[Any]]
     words: int = 1
-    """How many of the first columns hold words."""
-    last: bool = False
-    """Whether the last column does, too."""
 
     def worded(self, column: int) -> bool:
-        return column < self.words or self.last and column == len(self.head) - 1
+        return column < self.words
+
+    def without_empty(self) -> Table:
+        """Without the columns that hold nothing in any row."""
+        kept = [column for column in range(len(self.head)) if any(row[column] != "" for row in self.rows)]
+        return Table([self.head[column] for column in kept], [[row[column] for column in kept] for row in self.rows],
+                     sum(map(self.worded, kept)))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from grn_scale.config.load import load_config
@@ -12,6 +13,8 @@ from grn_scale.planning.grn_budget import text_encoder_bytes
 from grn_scale.planning.grn_machine import find_machine
 from grn_scale.planning.grn_memory import step_memory
 from grn_scale.planning.grn_time import step_time
+from grn_scale.planning.hardware import find_gpu
+from grn_scale.planning.measured import read_measured
 from grn_scale.studies.study import Study
 
 COMPUTING = ("matrix products", "attention", "element-wise", "text encoder")
@@ -31,6 +34,14 @@ class Prediction:
     tokens_per_second: float
     memory: int
     assumed: tuple[str, ...]
+
+
+def check_hardware(hardware: str) -> None:
+    """ConfigError unless it is empty, a known GPU, or a file that was measured."""
+    if hardware.endswith(".yaml"):
+        read_measured(Path(hardware))
+    elif hardware:
+        find_gpu(hardware)
 
 
 def predict(study: Study, line: Mapping[str, Any], rows: Sequence[Mapping[str, Any]],

@@ -8,12 +8,14 @@ from typing import Any
 
 from grn_scale.atomic import write_bytes
 from grn_scale.config.load import load_config
+from grn_scale.config.schema import Config
 from grn_scale.errors import UserError
 from grn_scale.studies import pictures
 from grn_scale.studies.page import Heading, Items, Part, Pictures, Table, Text, markdown, page
-from grn_scale.studies.predicted import Prediction, predict
+from grn_scale.studies.predicted import Prediction, check_hardware, predict
 from grn_scale.studies.results import MEASURED, differences
 from grn_scale.studies.study import Study
+from grn_scale.studies.study_file import StudyFile
 from grn_scale.studies.summary import CONFIDENCE, Interval, summarize
 
 Rows = Sequence[Mapping[str, Any]]
@@ -24,12 +26,18 @@ WHERE = {"cluster": "Cluster", "gpu": "GPU", "cpu": "CPU of the first node", "co
          "cuda": "CUDA", "nccl": "NCCL", "torch": "torch", "megatron_core": "megatron-core", "deepspeed": "DeepSpeed",
          "python": "Python", "system": "System", "image": "Container image", "commit": "Commit of grn_scale"}
 
+PLANNED = ("computing", "exchanges", "bubble", "update", "other")
+"""Parts of a prediction, in the order of its table."""
+OF_GPUS = ("driver", "cuda", "nccl")
+"""Said to be unknown only where there were GPUs."""
+
 
 def write_report(study: Study, rows: Rows, hardware: str = "") -> list[dict[str, Any]]:
     """Write report.md and report.html into the study; the summary rows. UserError where nothing is measured.
 
-    hardware: what predictions count with, see `predict`.
+    hardware: what predictions count with, see `predict`; ConfigError where it is no hardware.
     """
+    check_hardware(hardware)
     lines = summarize(rows)
     if not lines:
         states = ", ".join(f"{row['cell']}: {row['state']}" for row in rows[:5])
@@ -64,6 +72,7 @@ def _parts(study: Study, rows: Rows, lines: Rows, plans: Sequence[Prediction | s
 def _opening(study: Study, rows: Rows, lines: Rows) -> Iterator[Part]:
     """What was asked, and what came out, for somebody who was not there."""
     file, measured = study.file, [row for row in rows if row["state"] == MEASURED]
+    config = _first_config(study, rows)
     best = max(lines, key=lambda line: line["throughput"].value)
     grows = ("The work of a step grows with the number of processes (weak scaling)" if file.mode == "weak" else
              "The work of a step is the same for all sizes (strong scaling)")
@@ -72,6 +81,11 @@ def _opening(study: Study, rows: Rows, lines: Rows) -> Iterator[Part]:
     yield Text(f"How does training scale on {', '.join(size.label for size in file.processes)} processes? {grows}. "
                f"Compared are {varied}{axes}, with {file.repeats} run{'s' * (file.repeats > 1)} of each. "
                f"{len(measured)} of {len(rows)} runs are measured.")
+    device = _values(measured, "gpu") or f"{_values(measured, 'cpu') or 'an unknown processor'}, without a GPU"
+    yield Text(f"Unless a series says otherwise, the model has {_shape(config)}, trains in {config.train.precision}, "
+               f"and reads packs of {config.data.token_budget:,} tokens. It ran on {device}, cluster "
+               f"{_values(measured, 'cluster') or NOT_KNOWN}.")
+    yield from _series(study.file)
     yield Text(f"The highest throughput is {best['throughput'].value:,.0f} tokens/s, of {best['series']} on "
                f"{best['size']} processes, at an efficiency of {best['efficiency'].value:.0%}.")
     yield Text(f"How it was measured: every run takes {study.steps} steps with the same seed and data; the first "
@@ -80,6 +94,34 @@ def _opening(study: Study, rows: Rows, lines: Rows) -> Iterator[Part]:
                f"with a {CONFIDENCE:.0%} confidence interval (Student's t of the logarithms). Two runs give a very "
                "wide interval, one gives none. Efficiency is throughput a process over that of the smallest measured "
                "size of the same series.")
+
+
+def _series(file: StudyFile) -> Iterator[Part]:
+    """What the series are."""
+    alone = "nothing: data parallel alone, unless the run file says otherwise"
+    layouts = [(name, ", ".join(f"{key} = {value}" for key, value in keys.items()) or alone)
+               for name, keys in (file.layouts or {"base": {}}).items()]
+    yield Table(("series", "what it sets"), layouts, words=2)
+    if file.axes:
+        axes = [(key, ", ".join(map(str, points))) for key, points in file.axes.items()]
+        yield Table(("and each of these", "values"), axes, words=2)
+
+
+def _first_config(study: Study, rows: Rows) -> Config:
+    """Of the first measured cell."""
+    first = next(row["cell"] for row in rows if row["state"] == MEASURED)
+    return load_config(study.config_of(next(cell for cell in study.cells if cell.name == first)))
+
+
+def _shape(config: Config) -> str:
+    model = config.model
+    return (f"{model.num_layers} layers of width {model.hidden_size:,} with {model.num_heads} heads and an MLP of "
+            f"width {model.ffn_hidden_size:,}")
+
+
+def _values(rows: Rows, key: str) -> str:
+    """The different values of a column; empty where none is known."""
+    return ", ".join(sorted({str(row[key]) for row in rows if row.get(key) is not None}))
 
 
 def _throughput(lines: Rows) -> Iterator[Part]:
@@ -92,7 +134,7 @@ def _throughput(lines: Rows) -> Iterator[Part]:
         (line["series"], line["size"], line["repeats"], f"{line['throughput'].value:,.0f}",
          _interval(line["throughput"], "{:,.0f}".format), f"{line['throughput'].value / line['processes']:,.0f}",
          f"{line['efficiency'].value:.0%}", _interval(line["efficiency"], "{:.0%}".format), line["base"],
-         _show(line["mfu"], "{:.1%}".format), _show(line["hfu"], "{:.1%}".format)) for line in lines])
+         _show(line["mfu"], "{:.1%}".format), _show(line["hfu"], "{:.1%}".format)) for line in lines]).without_empty()
     if all(line["mfu"] is None for line in lines):
         yield Text("MFU and HFU are shares of a GPU's peak; these runs had none whose peak is known.")
 
@@ -139,15 +181,15 @@ def _plan(lines: Rows, plans: Sequence[Prediction | str]) -> Iterator[Part]:
     errors = sorted(abs(plan.seconds / line["step_seconds"] - 1) for line, plan in found)
     yield Text("What the planner (grn-scale plan) says of the same configurations. The time of a step is off by "
                f"{errors[len(errors) // 2]:.0%} in the median, by {errors[-1]:.0%} at most.")
-    yield Pictures([(pictures.against_plan(lines, plans), "Each point is a series on so many processes. Above the "
-                     "diagonal a step takes longer than predicted.")])
+    yield Pictures([(pictures.against_plan(lines, plans), "A point is a series on as many processes as the number "
+                     "beside it says. Above the diagonal a step takes longer than predicted.")])
     yield Table(("series", "processes", "measured step (s)", "predicted step (s)", "predicted / measured - 1",
                  "predicted tokens/s", "computing (s)", "exchanges (s)", "bubble (s)", "reduction and optimizer (s)",
                  "other (s)"), [
         (line["series"], line["size"], f"{line['step_seconds']:.3g}", f"{plan.seconds:.3g}",
          f"{plan.seconds / line['step_seconds'] - 1:+.0%}", f"{plan.tokens_per_second:,.0f}",
-         *(f"{plan.parts[part]:.2g}" for part in ("computing", "exchanges", "bubble", "update", "other")))
-        for line, plan in found])
+         *(f"{plan.parts[part]:.2g}" if plan.parts[part] else "" for part in PLANNED)) for line, plan in found],
+        ).without_empty()
     yield Text("The prediction assumes:")
     yield Items([*dict.fromkeys(words for _, plan in found for words in plan.assumed),
                  "packs are full, and clips have tokenize.max_frames frames and captions of text.max_tokens tokens",
@@ -156,27 +198,18 @@ def _plan(lines: Rows, plans: Sequence[Prediction | str]) -> Iterator[Part]:
 
 def _configuration(study: Study, rows: Rows) -> Iterator[Part]:
     yield Heading("Configuration")
-    file = study.file
-    first = next(row for row in rows if row["state"] == MEASURED)
-    config = load_config(study.config_of(next(cell for cell in study.cells if cell.name == first["cell"])))
-    model = config.model
+    file, config = study.file, _first_config(study, rows)
     yield Table(("of all cells", "value"), [
         ("run file that cells start from", file.config or "none: the defaults"),
-        ("model", f"{model.num_layers} layers, width {model.hidden_size}, {model.num_heads} heads, MLP width "
-         f"{model.ffn_hidden_size}, unless a series says otherwise"),
-        ("precision", config.train.precision), ("token budget of a pack", f"{config.data.token_budget:,}"),
+        ("model, unless a series says otherwise", _shape(config)), ("precision", config.train.precision),
+        ("token budget of a pack", f"{config.data.token_budget:,}"),
         ("packs of a step, in the first cell", str(config.data.packs_per_step)),
         *((key, str(value)) for key, value in file.set.items())], words=2)
-    layouts = [(name, ", ".join(f"{key} = {value}" for key, value in keys.items()) or "as above: data parallel alone")
-               for name, keys in (file.layouts or {"base": {}}).items()]
-    yield Table(("layout", "sets"), layouts, words=2)
-    if file.axes:
-        axes = [(key, ", ".join(map(str, points))) for key, points in file.axes.items()]
-        yield Table(("axis", "values"), axes, words=2)
     yield Heading("Where it ran")
     measured = [row for row in rows if row["state"] == MEASURED]
-    facts = [(name, ", ".join(sorted({str(row[key]) for row in measured if row.get(key) is not None})) or NOT_KNOWN)
-             for key, name in WHERE.items()]
+    with_gpu = bool(_values(measured, "gpu"))
+    facts = [(name, _values(measured, key) or NOT_KNOWN) for key, name in WHERE.items()
+             if _values(measured, key) or (with_gpu and key in OF_GPUS)]
     if any(row.get("dirty") for row in measured):
         facts.append(("Uncommitted changes", "yes: the commit alone does not tell what ran"))
     yield Table(("what", "value"), facts, words=2)
@@ -184,11 +217,13 @@ def _configuration(study: Study, rows: Rows) -> Iterator[Part]:
 
 def _runs(rows: Rows) -> Iterator[Part]:
     yield Heading("Every run")
-    yield Text("A cell that failed is run again in a new attempt; results.csv has all columns.")
-    yield Table(("cell", "state", "attempt", "job", "nodes", "began (UTC)", "configuration (SHA-256)", "tokens/s"), [
+    yield Text("A cell that failed is run again in a new attempt. results.csv has all columns.")
+    yield Table(("cell", "state", "attempt", "job", "nodes", "began (UTC)", "configuration (SHA-256)", "failed before",
+                 "tokens/s"), [
         (row["cell"], row["state"], (row.get("attempt") or "").removeprefix("attempt-").lstrip("0"),
          row.get("job") or "", row.get("nodes") or "", _date(row.get("began")), (row.get("config_sha256") or "")[:12],
-         _show(row.get("tokens_per_second"), "{:,.0f}".format)) for row in rows], words=7)
+         row.get("failed_before") or "", _show(row.get("tokens_per_second"), "{:,.0f}".format)) for row in rows],
+        words=8).without_empty()
 
 
 def _date(seconds: float | None) -> str:
@@ -204,4 +239,4 @@ def _interval(value: Interval, form: Callable[[float], str]) -> str:
 
 
 def _show(value: float | None, form: Callable[[float], str]) -> str:
-    return "n/a" if value is None else form(value)
+    return "" if value is None else form(value)

@@ -13,7 +13,7 @@ import yaml
 from grn_scale.atomic import write_json
 from grn_scale.command_line import config_yaml
 from grn_scale.config.load import load_config
-from grn_scale.errors import UserError
+from grn_scale.errors import ConfigError, UserError
 from grn_scale.studies.report import write_report
 from grn_scale.studies.results import differences, measure, read_results, write_results
 from grn_scale.studies.study import Study, generate
@@ -118,6 +118,8 @@ def test_results_are_kept_and_reported(tmp_path: Path) -> None:
         write_report(study, [LOST])
     with pytest.raises(UserError, match="has no measured cell"):
         write_report(study, [])
+    with pytest.raises(ConfigError, match="unknown GPU 'H1OO': did you mean H100"):
+        write_report(study, rows, "H1OO")
 
 
 def test_predictions_are_compared_where_the_hardware_is_known(tmp_path: Path) -> None:
