@@ -83,7 +83,9 @@ def submit_missing(study: Study, cluster_file: str, what: str, more: list[str], 
     for cell in study.cells:
         study.config_of(cell)
     states = {cell.name: state_of(study, cell)[0] for cell in study.cells}
-    todo = [cell for cell in study.cells if states[cell.name] in (MISSING, FAILED)]
+    # all cells once and then again: what changes over the hours falls on all alike
+    todo = sorted((cell for cell in study.cells if states[cell.name] in (MISSING, FAILED)),
+                  key=lambda cell: cell.repeat)
     log.info("%d cells to run, %d in the queue, %d measured", len(todo), list(states.values()).count(WAITING),
              list(states.values()).count(MEASURED))
     placed = {cell.name: place(cell.size, cluster) for cell in todo}  # all are refused before any is submitted

@@ -105,7 +105,7 @@ def test_a_size_reads_as_it_is_written() -> None:
 
 
 def test_jobs_get_the_site_with_the_processes_of_their_cell(tmp_path: Path, monkeypatch) -> None:
-    study = generate(read_study_file(study_file(tmp_path, processes=[1, "2x1"], repeats=1)), tmp_path / "study")
+    study = generate(read_study_file(study_file(tmp_path, processes=[1, "2x1"])), tmp_path / "study")
     site = tmp_path / "site.yaml"
     site.write_text("processes_per_node: 4\naccount: research\n")
     seen = []
@@ -118,7 +118,7 @@ def test_jobs_get_the_site_with_the_processes_of_their_cell(tmp_path: Path, monk
     monkeypatch.setattr("grn_scale.slurm.submit.main", job)
     assert scaling.submit([str(study.folder), "--cluster", str(site), "--print", "--time", "9"]) == 0
     assert [(nodes, site["processes_per_node"], site["account"], time) for nodes, site, time in seen] == [
-        ("1", 1, "research", "9"), ("2", 1, "research", "9")]
+        ("1", 1, "research", "9"), ("2", 1, "research", "9")] * 2  # all cells once, then again
     assert not list(study.folder.glob("cells/*/*.site.yaml"))  # to print is to write nothing
 
 
