@@ -63,9 +63,9 @@ def submit(argv: list[str]) -> int:
         what.add_argument(f"--{name}", dest="what", action="store_const", const=f"--{name}", help=text)
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="have N jobs in the queue at most (0: all)")
     parser.add_argument("--wait", action="store_true", help="stay until every job has ended")
-    for name, metavar, text in (("time", "LIMIT", "of each job, such as 0:30:00"), ("partition", "NAME", ""),
-                                ("account", "NAME", "")):
-        parser.add_argument(f"--{name}", metavar=metavar, help=text or "in place of the cluster file's")
+    parser.add_argument("--time", metavar="LIMIT", help="of each job, such as 0:30:00")
+    parser.add_argument("--partition", metavar="NAME", help="in place of the cluster file's")
+    parser.add_argument("--account", metavar="NAME", help="in place of the cluster file's")
     parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION=VALUE",
                         help="a further option of sbatch, such as reservation=NAME; may be repeated")
     options = parser.parse_options(argv)

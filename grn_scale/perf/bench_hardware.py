@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 GIB = 1 << 30
-LEAST_SECONDS = 1.0
+LEAST_SECONDS = 2.0
 """Of work that needs no other process."""
 SIGNIFICANT = 4
 """Digits of a rate; no more is known."""
@@ -114,8 +114,8 @@ class _Turn:
         return _digits(amount / self._seconds(prepare, LEAST_SECONDS))
 
     def _seconds(self, prepare: Callable[[], Callable[[], object]], least: float) -> float:
-        """Of a call, mean over the processes at work. All begin together, make `repeats` calls and go on for `least`
-        seconds, so that those that share a core share it while they are timed."""
+        """Of a call, mean over time and median over the processes at work. All begin together, make `repeats` calls and
+        go on for `least` seconds, so that those that share a core share it while they are timed."""
         mine, work = 0.0, prepare() if self.works else None
         if work:
             work()
@@ -127,7 +127,7 @@ class _Turn:
                 wait(self.device)
                 count += 1
             mine = (time.perf_counter() - begin) / count
-        return statistics.fmean(self.gather(mine)[:self.count])
+        return statistics.median(self.gather(mine)[:self.count])
 
     def _product(self, dtype: torch.dtype) -> Callable[[], Callable[[], object]]:
         import torch

@@ -23,6 +23,7 @@ font-variant-numeric:tabular-nums}
 th{background:#f5f5f3;font-weight:600;vertical-align:bottom}
 th.text,td.text{text-align:left}
 td.text{overflow-wrap:anywhere;min-width:5em;max-width:34em}
+.numbers td{white-space:nowrap}
 figure{margin:1em 0}
 figure img{max-width:100%;height:auto;display:block}
 figcaption{font-size:.9em;color:#444;max-width:46em}
@@ -112,7 +113,8 @@ def _html(part: Part) -> str:
             return f"<ul>{''.join(f'<li>{html.escape(item)}</li>' for item in items)}</ul>"
         case Table(head, rows):
             lines = [_row("th", part, head), *(_row("td", part, row) for row in rows)]
-            return (f'<div class="wide"><table>\n<thead>{lines[0]}</thead>\n<tbody>\n' + "\n".join(lines[1:])
+            kind = " class=numbers" if part.words == 1 else ""
+            return (f'<div class="wide"><table{kind}>\n<thead>{lines[0]}</thead>\n<tbody>\n' + "\n".join(lines[1:])
                     + "\n</tbody></table></div>")
         case Pictures(pictures):
             return ('<div class="pictures">' + "".join(

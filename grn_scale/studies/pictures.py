@@ -16,9 +16,13 @@ if TYPE_CHECKING:
 
 Lines = Sequence[Mapping[str, Any]]
 MARKERS = "osD^vPX*<>"
+MOST_SERIES = 6
+"""In a picture."""
 PARTS = {"data_wait_seconds": "waiting for data", "forward_backward_seconds": "forward and backward",
          "optimizer_seconds": "gradient reduction and optimizer", "rest": "everything else"}
 COLOURS = ("#d9a441", "#4878a8", "#7fae6f", "#b9b9b9")
+LEGEND_INCHES = 0.18
+"""Of a row."""
 ROOM = 1.15
 """Height of a picture over its highest point. An interval of two repeats may be many times as long; it is cut."""
 WIDE = 10
@@ -27,19 +31,30 @@ ASIDE = 0.03
 """By which points of neighbouring series stand apart, as a share of the number of processes."""
 
 
+def few(lines: Lines) -> Iterator[tuple[Lines, str]]:
+    """The lines of as many series as a picture can show, with words that say which; empty where it shows all."""
+    names = list(dict.fromkeys(line["series"] for line in lines))
+    for first in range(0, len(names), MOST_SERIES):
+        part = names[first:first + MOST_SERIES]
+        which = f" Series {first + 1} to {first + len(part)} of {len(names)}." if len(names) > MOST_SERIES else ""
+        yield [line for line in lines if line["series"] in part], which
+
+
 def throughput(lines: Lines) -> str:
     """Tokens a second over processes, with intervals, and where perfect scaling would be."""
     figure, axes = _axes(lines)
-    most = 0.0
+    rates = [line["throughput"].value for line in lines]
     for number, rows, x in _series(lines):
         values: list[Interval] = [row["throughput"] for row in rows]
         _points(axes, number, rows, x, values)
         ideal = [values[0].value * row["processes"] / rows[0]["processes"] for row in rows]
         if len(rows) > 1:
             axes.plot(x, ideal, linestyle=":", color=f"C{number % 10}", linewidth=1)
-        most = max(most, *ideal, *(each.value for each in values))
+        rates += ideal
     axes.plot([], [], linestyle=":", color="#555555", linewidth=1, label="perfect scaling")
-    axes.set(ylabel="throughput of the whole job (tokens/s)", ylim=(0, ROOM * most))
+    axes.set(ylabel="throughput of the whole job (tokens/s)", ylim=(0, ROOM * max(rates)))
+    if max(rates) > WIDE * min(rates):
+        axes.set(yscale="log", ylim=(min(rates) / 1.5, 1.5 * max(rates)))
     axes.yaxis.set_major_formatter("{x:,.0f}")
     return _finished(figure, axes)
 
@@ -61,7 +76,7 @@ def step_parts(lines: Lines) -> str:
     """What the seconds of a step go to, a bar for each series and size."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.2, 1.6 + 0.34 * len(lines)), layout="constrained")
+    figure = Figure(figsize=(6.2, 1.2 + 0.3 * len(lines)), layout="constrained")
     axes = figure.subplots()
     left = [0.0] * len(lines)
     for colour, (key, label) in zip(COLOURS, PARTS.items()):
@@ -74,10 +89,10 @@ def step_parts(lines: Lines) -> str:
     return _finished(figure, axes)
 
 
-def against_plan(lines: Lines, predictions: Sequence[Prediction | str]) -> str:
+def against_plan(found: Sequence[tuple[Mapping[str, Any], Prediction]]) -> str:
     """Measured over predicted seconds of a step; on the diagonal the planner is right."""
     figure, axes = _square()
-    found = [(line, plan) for line, plan in zip(lines, predictions) if isinstance(plan, Prediction)]
+    lines = [line for line, _ in found]
     for number, series in enumerate(dict.fromkeys(line["series"] for line in lines)):
         points = [(plan.seconds, line["step_seconds"], line["size"]) for line, plan in found
                   if line["series"] == series]
@@ -131,7 +146,7 @@ def _axes(lines: Lines) -> tuple[Figure, Axes]:
 def _square() -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.2, 4.6), layout="constrained")
+    figure = Figure(figsize=(6.2, 4.2), layout="constrained")
     return figure, figure.subplots()
 
 
@@ -143,6 +158,7 @@ def _finished(figure: Figure, axes: Axes) -> str:
         axes.spines[side].set_visible(False)
     names = axes.get_legend_handles_labels()[1]
     columns = max(1, min(3, 60 // max(map(len, names))))
+    figure.set_figheight(figure.get_figheight() + LEGEND_INCHES * -(-len(names) // columns))
     figure.legend(loc="outside lower center", ncols=columns, fontsize="small", frameon=False)
     stream = io.BytesIO()
     figure.savefig(stream, format="svg", metadata={"Date": None})

@@ -126,9 +126,10 @@ def _values(rows: Rows, key: str) -> str:
 
 def _throughput(lines: Rows) -> Iterator[Part]:
     yield Heading("Throughput and efficiency")
-    yield Pictures([(pictures.throughput(lines), "Throughput over the number of processes. Bars are confidence "
-                     "intervals; those longer than the picture are cut."),
-                    (pictures.efficiency(lines), "Efficiency over the number of processes.")])
+    yield Pictures([picture for part, which in pictures.few(lines) for picture in (
+        (pictures.throughput(part), "Throughput over the number of processes. Bars are confidence intervals; those "
+         f"longer than the picture are cut.{which}"),
+        (pictures.efficiency(part), f"Efficiency over the number of processes.{which}"))])
     yield Table(("series", "processes", "runs", "tokens/s", "interval (tokens/s)", "tokens/s a process", "efficiency",
                  "interval", "against, processes", "MFU", "HFU"), [
         (line["series"], line["size"], line["repeats"], f"{line['throughput'].value:,.0f}",
@@ -141,7 +142,8 @@ def _throughput(lines: Rows) -> Iterator[Part]:
 
 def _time(lines: Rows) -> Iterator[Part]:
     yield Heading("What the time of a step goes to")
-    yield Pictures([(pictures.step_parts(lines), "Median time of a step by part.")])
+    yield Pictures([(pictures.step_parts(part), f"Median time of a step by part.{which}")
+                    for part, which in pictures.few(lines)])
     parts = ("data_wait_seconds", "forward_backward_seconds", "optimizer_seconds")
     yield Table(("series", "processes", "step (s)", "waiting for data (s)", "forward and backward (s)",
                  "gradient reduction and optimizer (s)", "everything else (s)", "waiting for data (share)"), [
@@ -181,8 +183,10 @@ def _plan(lines: Rows, plans: Sequence[Prediction | str]) -> Iterator[Part]:
     errors = sorted(abs(plan.seconds / line["step_seconds"] - 1) for line, plan in found)
     yield Text("What the planner (grn-scale plan) says of the same configurations. The time of a step is off by "
                f"{errors[len(errors) // 2]:.0%} in the median, by {errors[-1]:.0%} at most.")
-    yield Pictures([(pictures.against_plan(lines, plans), "A point is a series on as many processes as the number "
-                     "beside it says. Above the diagonal a step takes longer than predicted.")])
+    known = {line["cell"]: plan for line, plan in found}
+    yield Pictures([(pictures.against_plan([(line, known[line["cell"]]) for line in part]), "A point is a series on as "
+                     "many processes as the number beside it says. Above the diagonal a step takes longer than "
+                     f"predicted.{which}") for part, which in pictures.few([line for line, _ in found])])
     yield Table(("series", "processes", "measured step (s)", "predicted step (s)", "predicted / measured - 1",
                  "predicted tokens/s", "computing (s)", "exchanges (s)", "bubble (s)", "reduction and optimizer (s)",
                  "other (s)"), [

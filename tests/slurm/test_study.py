@@ -47,5 +47,12 @@ def test_a_study_goes_from_its_file_to_the_report_and_runs_a_failed_cell_again(c
     scaling("report", study)
     rows = {row["cell"]: row for row in read_results(study)}
     assert {row["state"] for row in rows.values()} == {"measured"} and rows["tp-p2-r1"]["steps"] == 6
-    assert rows["dp-p2-r1"]["attempt"] == "attempt-0002" and rows["dp-p1-r1"]["attempt"] == "attempt-0001"
+    again = rows["dp-p2-r1"]
+    assert again["attempt"] == "attempt-0002" and rows["dp-p1-r1"]["attempt"] == "attempt-0001"
+    assert again["failed_before"].startswith("attempt-0001: stopped") and not rows["dp-p1-r1"]["failed_before"]
+    assert (again["node_count"], again["processes_per_node"], again["gpus_per_node"]) == (1, 2, 2)
+    assert again["peak_memory_bytes"] > 1 << 20 and again["peak_memory_of"] == "process"
+    for known in ("config_sha256", "commit", "torch", "megatron_core", "deepspeed", "python", "cpu", "nodes", "job",
+                  "cluster", "began", "ended"):
+        assert again[known] is not None, known
     assert "data:image/svg+xml" in (study / "report.html").read_text()
