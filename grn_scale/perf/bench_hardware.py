@@ -119,6 +119,7 @@ class _Turn:
         mine, work = 0.0, prepare() if self.works else None
         if work:
             work()
+            wait(self.device)
         self.gather(None)
         if work:
             count, begin = 0, time.perf_counter()
