@@ -65,9 +65,10 @@ class Machine:
     def assumed(self) -> list[str]:
         """What the rates are, in words."""
         sheet = self.gpu
-        return [f"{sheet.name} of {sheet.memory_gib:g} GiB, {sheet.bf16 / 1e12:g} TFLOP/s in bf16: "
-                f"matrix products reach {self.matmul / sheet.bf16:.0%}, attention {self.attention[0] / sheet.bf16:.0%} "
-                f"forward and {self.attention[1] / sheet.bf16:.0%} backward ({self.rates_from})",
+        peak = f" (of {sheet.bf16 / 1e12:g} on the data sheet)" if sheet.matches else ""
+        forward, backward = (rate / 1e12 for rate in self.attention)
+        return [f"{sheet.name} of {sheet.memory_gib:g} GiB: in bf16 matrix products reach {self.matmul / 1e12:.3g} "
+                f"TFLOP/s{peak}, attention {forward:.3g} forward and {backward:.3g} backward ({self.rates_from})",
                 *self._links()]
 
     def _links(self) -> list[str]:

@@ -109,7 +109,7 @@ def measured_machine(path: Path, nodes: int, per_node: int) -> Machine:
         elementwise=reached.elementwise_eager if gpu.architecture == OTHER else reached.elementwise_fused,
         leak=1.0 if gpu.architecture == OTHER else reached.leak,
         waiting=reached.straggler * math.log2(nodes), reached=links,
-        rates_from=f"{path.name}, measured with {rates.processes} processes at once")
+        rates_from=f"{path.name}, measured while {rates.processes} process{'es' * (rates.processes > 1)} computed")
 
 
 def _device(found: Measured, rates: Rates) -> Gpu:

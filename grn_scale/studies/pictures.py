@@ -157,7 +157,7 @@ def _finished(figure: Figure, axes: Axes) -> str:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     names = axes.get_legend_handles_labels()[1]
-    columns = max(1, min(3, 60 // max(map(len, names))))
+    columns = max(1, min(4, 60 // max(map(len, names))))
     figure.set_figheight(figure.get_figheight() + LEGEND_INCHES * -(-len(names) // columns))
     figure.legend(loc="outside lower center", ncols=columns, fontsize="small", frameon=False)
     stream = io.BytesIO()

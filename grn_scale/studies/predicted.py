@@ -64,7 +64,8 @@ def predict(study: Study, line: Mapping[str, Any], rows: Sequence[Mapping[str, A
     time = step_time(config, machine)
     kinds = {"computing": COMPUTING, "exchanges": EXCHANGES, "bubble": ("bubble",), "update": UPDATING}
     parts = {kind: sum(time.parts.get(name, 0.0) for name in names) for kind, names in kinds.items()}
-    parts["other"] = time.seconds - sum(parts.values())
+    known = {name for names in kinds.values() for name in names}
+    parts["other"] = sum(seconds for name, seconds in time.parts.items() if name not in known)
     peak = max(stage.bytes["peak"] for stage in step_memory(config, machine.gpus))
     # packs of the run are as full as they were, those of the plan are full
     tokens = time.tokens * (line["fill"] or 1.0)

@@ -135,7 +135,7 @@ def test_predictions_are_compared_where_the_hardware_is_known(tmp_path: Path) ->
     file.write_text(yaml.safe_dump({"device": "CPU", "memory_gib": 8.0, "measured": [{"processes": 1, **entry}]}))
     write_report(study, [cell("base", 1, 1, 5e5), cell("base", 2, 1, 9e5)], str(file))
     text = (study.folder / "report.md").read_text()
-    assert "machine.yaml, measured with 1 processes at once" in text
+    assert "machine.yaml, measured while 1 process computed" in text
     assert "No prediction: " in text and "tells nothing of the links" in text
 
 
