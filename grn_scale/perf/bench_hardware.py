@@ -3,6 +3,7 @@ of the job's processes are at work at once."""
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 import statistics
@@ -165,18 +166,14 @@ class _Turn:
             kernels = attention_kernels(self.config.kernels.attention, self.device, dtype)
             leaves = [torch.randn(layout.length, model.num_heads, model.head_size, device=self.device, dtype=dtype,
                                   requires_grad=backward) for _ in range(3)]
-
-            def work() -> None:
-                out = packed_attention(*leaves, layout, kernels)
-                if backward:
-                    torch.autograd.grad(out, leaves, out)
-
-            return work
+            if not backward:
+                return lambda: packed_attention(*leaves, layout, kernels)
+            out = packed_attention(*leaves, layout, kernels)
+            return lambda: torch.autograd.grad(out, leaves, out.detach(), retain_graph=True)
 
         once = 2 * tokens**2 * model.hidden_size
-        forward, both = (self._seconds(lambda backward=backward: prepare(backward), LEAST_SECONDS)
-                         for backward in (False, True))
-        return [_digits(2 * once / forward), _digits(5 * once / max(both - forward, forward / 10))]
+        return [self._rate(products * once, functools.partial(prepare, backward))
+                for products, backward in ((2, False), (5, True))]
 
     def _all_reduce(self, size: int) -> Callable[[], Callable[[], object]]:
         import torch
