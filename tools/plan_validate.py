@@ -59,12 +59,13 @@ def main(argv: list[str]) -> int:
         plot(options.plot, document)
         log.info("wrote %s", options.plot)
     if options.report:
+        from grn_scale.planning.case_gaps import errors_without
         from grn_scale.planning.fitting import leave_one_source_out
 
-        crossed = leave_one_source_out(cases, reached)
+        crossed, gaps = leave_one_source_out(cases, reached), errors_without(cases, reached)
         plot(options.report / f"{REPORT}.png", document)
         write_bytes(options.report / f"{REPORT}.json", (json.dumps(document, indent=1) + "\n").encode())
-        write_bytes(options.report / f"{REPORT}.md", page(document, f"{REPORT}.png", crossed).encode())
+        write_bytes(options.report / f"{REPORT}.md", page(document, f"{REPORT}.png", crossed, gaps).encode())
         log.info("wrote %s.md, .json and .png to %s", REPORT, options.report)
     if options.json:
         print(json.dumps(document, allow_nan=False))

@@ -26,7 +26,8 @@ LARGE_LOSS = 0.8
 BATCH_TOKENS = 4e6
 """Of a step with a pipeline, where the batch is not stated: GPT-3's 3.2 and Llama 2's 4 million."""
 CHUNK_LAYERS = 2
-"""Layers of a chunk where interleaving is not stated: MegaScale (arXiv 2402.15627) and Megatron-Bridge's recipes."""
+"""Of a chunk at least, where interleaving is not stated and stages divide so: MegaScale (arXiv 2402.15627) and
+Megatron-Bridge's recipes. Else chunks have one layer, as Megatron-LM's 530B has (arXiv 2205.05198, table 3)."""
 
 
 def _divisors(number: int, most: int) -> list[int]:
@@ -89,7 +90,9 @@ def _chunks(shape: Shape, pp: int, gathered: bool, text: str) -> int:
         return 1
     if gathered or re.search("deepspeed(?! integrated)", text):
         return 2 if "interleaved" in text else 1
-    return max(1, math.ceil(math.ceil(shape.layers / pp) / CHUNK_LAYERS))
+    stage = math.ceil(shape.layers / pp)
+    smallest = next((each for each in range(CHUNK_LAYERS, math.isqrt(stage) + 1) if stage % each == 0), 1)
+    return stage // smallest  # chunks are of one size
 
 
 def _batches(case: Mapping[str, Any], dp: int, pp: int, gathered: bool,
@@ -98,7 +101,9 @@ def _batches(case: Mapping[str, Any], dp: int, pp: int, gathered: bool,
     micro, batch = case.get("micro_batch"), case.get("global_batch")
     if micro is None and batch is not None and pp > 1 and gathered:
         micro = max(1, batch // dp // pp)  # torchtitan cuts a rank's batch into as many as there are stages
-    tuned = [each for each in MICRO_BATCHES if batch is None or batch % (each * dp) == 0]
+    even = batch is None or batch % dp == 0  # else the batch is rounded in print, or the last one is not full
+    tuned = [each for each in MICRO_BATCHES
+             if batch is None or (batch % (each * dp) == 0 if even else each * dp <= batch)]
     micros = [micro] if micro else tuned if sequence < LONG_SEQUENCE and tuned else [1]
     for each in micros:
         many = max(pp, round(BATCH_TOKENS / (sequence * each * dp))) if pp > 1 else 1

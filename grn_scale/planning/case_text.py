@@ -18,7 +18,8 @@ FLASH2 = (2023, 8)
 HOPPER_FLASH = (2024, 7)
 """After FlashAttention-3 (arXiv 2407.08608) and cuDNN's kernels for Hopper."""
 HIDING = (2024, 3)
-"""Since Megatron-core 0.6, tensor and data parallel communication runs beside computation unless switched off."""
+"""Since Megatron-core 0.6, tensor and data parallel communication runs beside computation unless switched off; with
+Transformer Engine, and so on Hopper, it did before."""
 
 
 def words(case: Mapping[str, Any]) -> str:
@@ -72,8 +73,9 @@ def software(case: Mapping[str, Any], gpu: Gpu) -> tuple[Software, str]:
     old = old and gpu.architecture == "ampere"
     sharded = sharding(case)
     zero3 = case.get("zero_stage") == 3 or sharded == "zero-3"
+    flat = "fsdp" in sharded  # gathers the weights of whole layers, where DeepSpeed gathered tensor by tensor
     if old:
-        return Software("unfused", overlap=False, fused=True, old_zero3=zero3, dropout=True,
+        return Software("unfused", overlap=False, fused=True, old_zero3=zero3 and not flat, dropout=True,
                         gradient_bytes=2), "of before 2023: no fused attention, communication exposed, dropout"
     if gpu.architecture == "ampere":
         kernel = "fa1" if "pre-fa3" in text or (date and date < FLASH2 and "flashattention-2" not in text) else "fa2"
@@ -88,7 +90,7 @@ def software(case: Mapping[str, Any], gpu: Gpu) -> tuple[Software, str]:
     if torch:  # PyTorch hides tensor parallel communication with asynchronous tensor parallelism only
         overlap = "async" in own
     else:
-        overlap = "overlap" in text or date is None or date >= HIDING
+        overlap = "overlap" in text or date is None or date >= HIDING or gpu.architecture != "ampere"
     eager = ("fsdp" in text or sharded == "fsdp") and not re.search("compile|asynctp|te kernels|fp8|megatron", own)
     wanted = "fp8" in number or "fp4" in number
     fp8 = wanted and gpu.fp8 is not None

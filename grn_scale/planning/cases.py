@@ -6,11 +6,13 @@ tune (micro-batch, recomputation, and the split where it is not stated) are take
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from grn_scale.planning import case_text
+from grn_scale.planning.case_file import UNREAD
 from grn_scale.planning.case_gpu import case_gpu
 from grn_scale.planning.case_layouts import CHUNK_LAYERS, layouts
 from grn_scale.planning.hardware import Efficiencies
@@ -59,6 +61,8 @@ def complete_case(case: Mapping[str, Any], reached: Efficiencies) -> Case:
     assert found is not None  # there is always one layout at least
     (over, _), layout = found
     _name_layout(case, layout, over, assumed)
+    for field, reason in (case.get(UNREAD) or {}).items():
+        assumed[field] = f"{assumed.get(field, 'not stated')}; in the file {reason}"
     return Case(case["name"], shape, layout, chosen, machine, assumed)
 
 
@@ -104,7 +108,7 @@ def _shape(case: Mapping[str, Any], text: str, assumed: dict[str, str]) -> Shape
         heads = max(1, round(hidden / 128 / groups)) * groups
         assumed["heads"] = f"{heads}: heads of 128"
     elif heads % groups:
-        groups = max(each for each in range(1, groups + 1) if heads % each == 0)
+        groups = math.gcd(heads, groups)
         assumed["kv_heads"] = f"{groups}: {case['kv_heads']} do not divide {heads} heads"
     vocab = case.get("vocab")
     if vocab is None:

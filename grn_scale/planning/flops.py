@@ -36,8 +36,14 @@ class Convention:
         return ", ".join(parts)
 
 
-def read_convention(text: str | None) -> tuple[Convention, str | None]:
-    """The convention that a source's own words describe; and where they do not, the reason of the one assumed."""
+def read_convention(text: str | None, rate: bool = False) -> tuple[Convention, str | None]:
+    """The convention that a source's own words describe; and where they do not, the reason of the one assumed.
+
+    rate: it prints FLOP/s, not only a share of the peak.
+    """
+    if not text and rate:
+        return Convention(halved=False), ("convention not stated: model FLOPs with whole attention, as most that "
+                                          "print FLOP/s count (Megatron-LM's formula)")
     if not text:
         return Convention(halved=True), ("convention not stated: model FLOPs with causal attention halved, the count "
                                          "that no kernel can exceed")

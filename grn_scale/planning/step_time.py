@@ -26,8 +26,11 @@ OPTIMIZER_BYTES = 34
 """Of an owned parameter: gradient and its norm, master and two moments read; those and the weight written."""
 SHORT_ATTENTION = 600
 """Tokens at which fused attention reaches half of what it does on long sequences (arXiv 2307.08691, figures 4 to 7)."""
-LOSS_PASSES = 24
-"""Bytes of a logit that the loss and its gradient read and write, in fp32."""
+LOSS_BYTES = 52
+"""Of a logit that loss and gradient read and write in fp32, in Megatron-LM's vocabulary-parallel cross entropy: cast,
+maximum, difference, exponential, sum and quotient, then the gradient and its cast."""
+TORCH_LOSS_BYTES = 28
+"""The same with PyTorch's cross entropy: cast, log-softmax, its gradient and the cast of that."""
 KERNELS = 25
 """Of a layer's forward pass; the backward pass has twice as many."""
 
@@ -193,13 +196,13 @@ def step_time(shape: Shape, layout: Layout, software: Software, machine: Machine
     tokens = layout.tokens(shape)
     head = 3 * machine.product(tokens, shape.vocab / layout.tp, shape.hidden, False) if shape.vocab else 0.0
     if shape.vocab:
-        head += machine.move(LOSS_PASSES * tokens * shape.vocab / layout.tp)
+        head += machine.move((TORCH_LOSS_BYTES if layout.fsdp else LOSS_BYTES) * tokens * shape.vocab / layout.tp)
     layers = shape.layers / layout.pp
     # The head is an extra load of the last stage, unless the layers are spread unevenly to make room for it.
     even = shape.layers % layout.pp == 0
     mean = layers * per_layer + head / layout.pp
     stage = layers * per_layer + head if even else max(math.ceil(layers) * per_layer, mean)
-    uneven = stage - layers * per_layer - (head if layout.pp == 1 else 0.0)
+    uneven = max(0.0, stage - layers * per_layer - (head if layout.pp == 1 else 0.0))
 
     working = count * stage
     idle = bubble(layout.pp, layout.vpp, count) * working
@@ -256,14 +259,19 @@ def _data(shape: Shape, layout: Layout, software: Software, machine: Machine, st
     parameters = (layers * shape.layer_parameters + 2 * shape.embedding / layout.pp) / layout.tp
     gradients = software.gradient_bytes * parameters
     if layout.zero:
-        seconds = ranks.reduce_scatter(gradients) + ranks.all_gather(2 * parameters)
+        reduced, gathered = ranks.reduce_scatter(gradients), ranks.all_gather(2 * parameters)
     else:
-        seconds = ranks.all_reduce(gradients)
+        reduced, gathered = ranks.all_reduce(gradients), 0.0
+    # Who keeps a share of the gradients only, reduces those of each micro-batch (Rajbhandari et al. 2020, arXiv
+    # 1910.02054, section 5.2); pipelines keep them whole until the last one.
+    early = count - 1 if layout.zero == 2 and layout.pp == 1 else 0
+    seconds = reduced + gathered
     if not software.overlap:
-        return seconds, 0.0
+        return early * reduced + seconds, 0.0
     # A chunk's gradients are ready when its last micro-batch is done: those of all chunks but the last one early.
-    window = stage * (1 + (layout.pp - 1) * (1 - 1 / layout.vpp))
-    return machine.hide(seconds, window, machine.reached.leak_gradients), min(seconds, window)
+    window, leak = stage * (1 + (layout.pp - 1) * (1 - 1 / layout.vpp)), machine.reached.leak_gradients
+    return (early * machine.hide(reduced, stage, leak) + machine.hide(seconds, window, leak),
+            early * min(reduced, stage) + min(seconds, window))
 
 
 def _optimizer(layout: Layout, machine: Machine, parameters: float) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from grn_scale.errors import ConfigError
+from grn_scale.planning.case_file import UNREAD
 from grn_scale.planning.cases import Case, NotJudged, complete_case
 from grn_scale.planning.flops import counted, read_convention
 from grn_scale.planning.hardware import Efficiencies
@@ -48,7 +49,8 @@ def judge_case(case: Mapping[str, Any], reached: Efficiencies) -> list[dict[str,
             rows.append(row | _memory(case, reached))
         except (NotJudged, ConfigError) as error:
             rows.append(row | {"skipped": str(error)})
-    nothing = {"quantity": None, "published": None, "skipped": "neither throughput nor memory published"}
+    unread = "".join(f"; {field}: {reason}" for field, reason in (case.get(UNREAD) or {}).items())
+    nothing = {"quantity": None, "published": None, "skipped": f"neither throughput nor memory published{unread}"}
     return rows or [identity | nothing]
 
 
@@ -72,7 +74,8 @@ def throughput(case: Mapping[str, Any], field: str, done: Case) -> dict[str, Any
     elif field == "step_time_s":
         predicted = seconds
     else:
-        convention, assumption = read_convention(case.get("flops_convention"))
+        convention, assumption = read_convention(case.get("flops_convention"),
+                                                 case.get("measured_tflops_per_gpu") is not None)
         if assumption:
             assumed["flops_convention"] = assumption
         if field in ("mfu", "hfu"):

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from grn_scale.errors import UserError
 from grn_scale.planning.case_file import read_cases
 from grn_scale.planning.case_gpu import case_gpu
 from grn_scale.planning.cases import complete_case
 from grn_scale.planning.hardware import load_efficiencies
-from grn_scale.planning.validate import THROUGHPUT, judge_case, throughput_field
+from grn_scale.planning.validate import THROUGHPUT, judge, judge_case, throughput_field
 
 ROOT = Path(__file__).resolve().parents[2]
 REACHED = load_efficiencies()
@@ -97,9 +96,9 @@ def test_degrees_that_do_not_go_with_the_gpus_are_named():
     assert complete_case(case, REACHED).layout.gpus == 64
 
 
-def test_key_value_heads_that_do_not_divide_the_heads_become_the_next_that_do():
+def test_key_value_heads_that_do_not_divide_the_heads_become_a_number_that_does():
     done = complete_case(LLAMA | {"heads": 64, "kv_heads": 12}, REACHED)
-    assert done.shape.kv_heads == 8 and "do not divide" in done.assumed["kv_heads"]
+    assert done.shape.kv_heads == 4 and "do not divide" in done.assumed["kv_heads"]
 
 
 def test_states_only_of_a_case_without_a_parameter_count_are_those_of_its_shape():
@@ -118,11 +117,36 @@ def test_values_are_read_as_they_are_meant(tmp_path):
     judged_well(case)
 
 
-@pytest.mark.parametrize("field, value", [("tp", 0), ("n_gpus", -8), ("layers", "many"), ("mfu", 0), ("ulysses", "x"),
-                                          ("zero_stage", 4), ("causal", "maybe"), ("seq_len", "Infinity")])
-def test_values_that_cannot_be_are_refused_with_the_name_of_the_case(tmp_path, field, value):
-    with pytest.raises(UserError, match=f"case {LLAMA['name']}: {field} is"):
-        read(tmp_path, **{field: value})
+@pytest.mark.parametrize("field, value, reason", [
+    ("tp", 0, "0 is not above 0"), ("vocab", "many", "'many' is no number"), ("mfu", "high", "'high' is no number"),
+    ("ulysses", "x", "'x' is no number"), ("zero_stage", 4, "4 is none of the stages 0 to 3"),
+    ("causal", "maybe", "'maybe' is neither true nor false"), ("heads", 2.5, "2.5 is no whole number"),
+    ("pp", [1, 2], "[1, 2] is no number"), ("dp", "Infinity", "'Infinity' is no number")])
+def test_a_value_that_cannot_be_costs_itself_and_is_named(tmp_path, field, value, reason):
+    row = judged_well(read(tmp_path, **{field: value}))[0]
+    assert reason in row["assumed"][field] or field == "mfu"
+    assert read(tmp_path, **{field: value})["unread"] == {field: reason}
+
+
+def test_a_case_without_its_numbers_is_skipped_and_the_others_are_judged(tmp_path):
+    (tmp_path / "cases.json").write_text(json.dumps({"cases": [
+        7, {"layers": "several", "hidden": 8, "seq_len": 8, "n_gpus": 8, "mfu": 0.4}, LLAMA]}))
+    rows = judge(read_cases(tmp_path / "cases.json"), REACHED)["cases"]
+    assert [row["name"] for row in rows][:2] == ["case 1", "case 2"] and "predicted" in rows[-1]
+    assert "7 is no object" in rows[0]["skipped"] and "layers not stated" in rows[1]["skipped"]
+
+
+def test_whatever_stands_in_a_case_it_is_judged_and_its_row_is_json(tmp_path):
+    draw, names = random.Random(5), [name for name in LLAMA if name not in ("name", "layers", "hidden", "seq_len")]
+    values = [None, 0, -1, 1, 3, 7, 1000, 1e6, 1e12, 1.5, "abc", "~8", "64 GB", True, False, [1, 2], {"a": 1}, "",
+              float("nan"), "TPU v5p", "RTX 4090", "mxfp4", "FSDP + TP", "zero-3", "offload deepspeed", "8K", "é" * 300]
+    cases = [LLAMA | {draw.choice(names): draw.choice(values) for _ in range(draw.randint(1, 6))} | {
+        "name": str(number), "n_gpus": draw.choice([1, 7, 64, 16384]), "step_time_s": 1.0} for number in range(200)]
+    (tmp_path / "cases.json").write_text(json.dumps({"cases": cases}))
+    document = judge(read_cases(tmp_path / "cases.json"), REACHED)
+    json.dumps(document, allow_nan=False)
+    speeds = [row for row in document["cases"] if row["quantity"] != "memory_gb"]
+    assert len(speeds) == 200 and all(row["predicted"] > 0 for row in speeds)
 
 
 def test_a_gpu_not_stated_is_told_by_the_name_or_by_two_figures():
