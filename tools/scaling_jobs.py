@@ -46,7 +46,8 @@ def _outcome(study: Study, cell: Cell, attempt: Path) -> tuple[str, str]:
     if standing.active:
         return WAITING, standing.state
     if standing.state != FINISHED:
-        return FAILED, f"{standing.state} {standing.detail}".strip()
+        told = standing.detail.startswith(standing.state)
+        return FAILED, standing.detail if told else f"{standing.state} {standing.detail}".strip()
     try:
         measured(study, cell, attempt)
     except UserError as error:

@@ -86,6 +86,11 @@ def _opening(study: Study, rows: Rows, lines: Rows) -> Iterator[Part]:
                f"and reads packs of {config.data.token_budget:,} tokens. It ran on {device}, cluster "
                f"{_values(measured, 'cluster') or NOT_KNOWN}.")
     yield from _series(study.file)
+    crowded = sorted({row["processes_per_node"] for row in measured if not row.get("gpu") and row.get("cores")
+                      and (row.get("processes_per_node") or 0) > row["cores"]})
+    if crowded:
+        yield Text(f"Cells with {', '.join(map(str, crowded))} processes a node share {_values(measured, 'cores')} "
+                   "cores: their efficiency says nothing about GPUs, or about nodes with a core for each process.")
     yield Text(f"The highest throughput is {best['throughput'].value:,.0f} tokens/s, of {best['series']} on "
                f"{best['size']} processes, at an efficiency of {best['efficiency'].value:.0%}.")
     yield Text(f"How it was measured: every run takes {study.steps} steps with the same seed and data; the first "

@@ -102,7 +102,8 @@ class Page(HTMLParser):
 
 def test_results_are_kept_and_reported(tmp_path: Path) -> None:
     study = small_study(tmp_path, layouts={"base": {}, "tp": {"parallel.tensor": 2}})
-    rows = [cell("base", 1, 1, 50.0), cell("base", 1, 2, 52.0), cell("base", 2, 1, 90.0, flags="wide spread"), LOST]
+    rows = [cell("base", 1, 1, 50.0), cell("base", 1, 2, 52.0),
+            cell("base", 2, 1, 90.0, flags="wide spread", cores=1), LOST]
     write_results(study.folder, rows, [step(1)])
     assert [row["cell"] for row in read_results(study.folder)] == [row["cell"] for row in rows]
     write_report(study, read_results(study.folder))
@@ -112,7 +113,8 @@ def test_results_are_kept_and_reported(tmp_path: Path) -> None:
     assert found.addresses and all(each.startswith("data:image/svg+xml;base64,") for each in found.addresses)
     assert "&lt;died&gt;" in page and "3 of 4 runs are measured" in text and "| base | 2 | 1 | 90 |" in text
     for words in ("wide spread", "illegal", "parallel.tensor", "resident memory", "## Where it ran", "tokens/s",
-                  "No prediction: the runs found no GPU", "bench gpu --hardware"):
+                  "No prediction: the runs found no GPU", "bench gpu --hardware",
+                  "Cells with 2 processes a node share 1 cores: their efficiency says nothing about GPUs"):
         assert words in text, words
     with pytest.raises(UserError, match=r"has no measured cell \(base-p2-r2: failed\): submit"):
         write_report(study, [LOST])
