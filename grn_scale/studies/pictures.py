@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 Lines = Sequence[Mapping[str, Any]]
 MARKERS = "osD^vPX*<>"
+BESIDE = ((0, 10), (10, 0), (0, -11), (-10, 0))
+"""Where a number stands beside its point, in points of a page: each series has another side."""
 MOST_SERIES = 6
 """In a picture."""
 PARTS = {"data_wait_seconds": "waiting for data", "forward_backward_seconds": "forward and backward",
@@ -99,7 +101,8 @@ def against_plan(found: Sequence[tuple[Mapping[str, Any], Prediction]]) -> str:
         x, y, sizes = zip(*points) if points else ((), (), ())
         axes.plot(x, y, MARKERS[number % len(MARKERS)], color=f"C{number % 10}", label=series)
         for size, *point in zip(sizes, x, y):
-            axes.annotate(size, point, xytext=(6, -3), textcoords="offset points", fontsize="small")
+            axes.annotate(size, point, xytext=BESIDE[number % len(BESIDE)], textcoords="offset points", ha="center",
+                          va="center", color=f"C{number % 10}", fontsize="small")
     seconds = [each for line, plan in found for each in (plan.seconds, line["step_seconds"])]
     ends = (0.0, ROOM * max(seconds))
     if max(seconds) > WIDE * min(seconds):

@@ -171,7 +171,7 @@ def _memory(lines: Rows, plans: Sequence[Prediction | str]) -> Iterator[Part]:
             (line["series"], line["size"], _gigabytes(line["peak_memory_bytes"])) for line, _ in known])
         return
     yield Table(("series", "processes", "tensors (GB)", "held by the allocator (GB)", "predicted tensors (GB)",
-                 "predicted / measured - 1"), [
+                 "prediction off by"), [
         (line["series"], line["size"], _gigabytes(line["peak_memory_bytes"]), _gigabytes(line["peak_reserved_bytes"]),
          _gigabytes(plan.memory) if isinstance(plan, Prediction) else "",
          f"{plan.memory / line['peak_memory_bytes'] - 1:+.1%}" if isinstance(plan, Prediction) else "")
@@ -192,7 +192,7 @@ def _plan(lines: Rows, plans: Sequence[Prediction | str]) -> Iterator[Part]:
     yield Pictures([(pictures.against_plan([(line, known[line["cell"]]) for line in part]), "A point is a series on as "
                      "many processes as the number beside it says. Above the diagonal a step takes longer than "
                      f"predicted.{which}") for part, which in pictures.few([line for line, _ in found])])
-    yield Table(("series", "processes", "measured step (s)", "predicted step (s)", "predicted / measured - 1",
+    yield Table(("series", "processes", "measured step (s)", "predicted step (s)", "prediction off by",
                  "predicted tokens/s", "computing (s)", "exchanges (s)", "bubble (s)", "reduction and optimizer (s)",
                  "other (s)"), [
         (line["series"], line["size"], f"{line['step_seconds']:.3g}", f"{plan.seconds:.3g}",
