@@ -62,6 +62,13 @@ requeue() {
     say "error: it could not go back into the queue; start it again: sbatch $records/job.sbatch"
 }
 
+exclude() { # JOB: it gets none of the nodes in $excluded
+    local before
+    before=$(id=$1 field ExcNodeList) # of the submission
+    if [[ $before != @("(null)"|) ]]; then before=$before,; else before=; fi
+    scontrol update JobId="$1" ExcNodeList="$before$excluded" || say "error: job $1 may get these nodes: $excluded"
+}
+
 # Ends this script. After the decision to go on the job is back in the queue, without the nodes in $excluded.
 excluded=
 leave() { # CODE DECISION REASON
@@ -72,12 +79,14 @@ leave() { # CODE DECISION REASON
     stop) printf '%s\n' "$3" > "$stopped" ;;
     requeue)
         requeue
+        if [[ -n $excluded ]]; then exclude "$id"; fi ;;
+    next)
         if [[ -n $excluded ]]; then
-            local before
-            before=$(field ExcNodeList) # of the submission
-            if [[ $before != @("(null)"|) ]]; then excluded=$before,$excluded; fi
-            scontrol update JobId="$id" ExcNodeList="$excluded" ||
-                say "error: it may get these nodes again: $excluded"
+            local number jobs
+            mapfile -t jobs < <(sed "0,/^$job\$/d" "$records/job-ids")
+            for number in "${jobs[@]}"; do
+                if [[ $number != "$job" ]]; then exclude "$number"; fi
+            done
         fi ;;
     esac
     exit "$1"
@@ -158,6 +167,9 @@ grep --quiet --line-regexp "$job" "$records/job-ids" 2> /dev/null || echo "$job"
 count_start
 record start "\"nodes\": \"$SLURM_JOB_NODELIST\""
 mkdir -p "$logs"
+if [[ -n $lost_module ]]; then
+    go_on 1 "error: module load $lost_module failed; correct modules in the cluster file, or exclude the node"
+fi
 
 GRN_SCALE_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')
 MASTER_ADDR=$(scontrol --oneliner show node "${GRN_SCALE_NODES%% *}" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
@@ -202,6 +214,8 @@ if [[ -e $logs/exit-75 ]] && ((code == 1 || code > 128)); then code=75; fi
 for path in "$logs"/exit-[0-9]*; do
     if [[ -e $path && $code == 75 ]]; then code=${path##*/exit-}; fi
 done
+# where no process says so, a 2 is not its word: a node without the interpreter gives that code, too
+if ((code == 2 || code == 78)); then code=1; fi
 for fatal in 2 78; do
     if [[ -e $logs/exit-$fatal ]]; then code=$fatal; fi
 done

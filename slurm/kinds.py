@@ -211,7 +211,8 @@ def _convert_many(argv: list[str]) -> Request:
     def paths() -> Iterator[str]:
         yield _where(options.list)
         for line in lines:
-            yield _where(str(line.request.output.parent))
+            output = line.request.output.absolute()
+            yield str(next(folder for folder in output.parents if folder.exists()))
             yield from _paths(None, command_parser().parse_options(line.arguments))
 
     return Request("convert", _where(options.list), {}, paths, lambda folder: ("convert", *argv), check, shared=True,

@@ -172,7 +172,8 @@ def image_state(container: Container) -> dict[str, Any] | None:
 
 def versions() -> dict[str, str]:
     """Every installed distribution and the interpreter, as this process's environment has them."""
-    found = {each.metadata["Name"]: each.version for each in importlib.metadata.distributions()}
+    found = {name: each.version for each in importlib.metadata.distributions()
+             if (name := each.metadata["Name"])}  # a half-removed one has none
     return {"python": platform.python_version(), **dict(sorted(found.items()))}
 
 

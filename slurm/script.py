@@ -98,9 +98,8 @@ def batch_script(job: Job) -> str:
     lines = [shell, *(f"#SBATCH {option}" for option in sbatch_options(job)),
              f"# Written by grn_scale {__version__}: `grn-scale slurm {job.kind}`.",
              "# shellcheck disable=SC2016,SC2317  # what is quoted stays as it is; traps call functions", ""]
-    for module in job.cluster.modules:
-        complaint = shlex.quote(f"error: module load {module} failed; correct modules in the cluster file")
-        lines.append(f"module load {shlex.quote(module)} || {{ echo {complaint} >&2; exit 1; }}")
+    lines += ["lost_module=", *(f"module load {name} || lost_module={name}"
+                                for name in map(shlex.quote, job.cluster.modules))]
     lines += ["set -uo pipefail", *(f"export {name}={value}" for name, value in _variables(job)), ""]
     for name, value in (("kind", job.kind), ("run", job.run), ("records", job.records),
                         ("start_limit", job.start_limit), ("requeue", int(job.goes_back)),
@@ -156,10 +155,13 @@ def preflight_command(job: Job) -> list[str]:
     if job.config is None:
         return []
     # one that fails must not end the others before they have said what they found; a hanging start has an end, too
-    srun = [*_srun(job, 1), "--kill-on-bad-exit=0", f"--time={PREFLIGHT_SECONDS // 60 + 2}"]
+    container = job.cluster.container
+    image_seconds = 0 if container.runtime == "none" else container.start_seconds
+    seconds = PREFLIGHT_SECONDS + image_seconds  # some nodes may have to wait for others that fetch it
+    srun = [*_srun(job, 1), "--kill-on-bad-exit=0", f"--time={(seconds + image_seconds) // 60 + 2}"]
     command = [*srun, *_in_container(job), job.python, "-u", "-m", "grn_scale.slurm.preflight",
                "--config", str(job.config), "--gpus-per-node", str(job.gpus_per_node),
-               "--seconds", str(PREFLIGHT_SECONDS)]
+               "--seconds", str(seconds)]
     if job.cluster.minimum_bandwidth:
         command += ["--minimum-bandwidth", str(job.cluster.minimum_bandwidth)]
     return command

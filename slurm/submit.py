@@ -95,6 +95,9 @@ def job_of(request: Request, cluster: Cluster, options: argparse.Namespace) -> J
         raise ConfigError(f"a time limit of {time_limit} leaves no time to train before the job is asked to stop, "
                           f"signal_seconds={cluster.signal_seconds} before its end: ask for more, or lower "
                           "signal_seconds in the cluster file")
+    if options.exclude_failed_nodes and not cluster.requeue and options.chain == 1:
+        raise ConfigError(f"--exclude-failed-nodes is for jobs that go back into the queue, but the cluster "
+                          f"{cluster.name} has requeue: false: submit a --chain, or leave it out")
     container = cluster.container
     if options.container:
         if container.runtime == "none":
@@ -129,17 +132,18 @@ def job_of(request: Request, cluster: Cluster, options: argparse.Namespace) -> J
 def mounts_of(request: Request, records: Path, working: Path, site: tuple[str, ...]) -> tuple[str, ...]:
     """What a container must see, each folder once and none inside another: the site's mounts, the working folder, the
     output, and every path that the command names."""
-    run = [] if "://" in request.run else [str(Path(request.run).parent)]
-    named = [Path(path) for path in request.paths()]
+    named = [*map(Path, request.paths()), records.parent.parent, working]
+    if "://" not in request.run:
+        named.append(Path(request.run).parent)
     # what a symbolic link leads to has to be there, too
-    folders = {path if path.is_dir() else path.parent for each in named for path in (each, each.resolve())}
-    found = [*site, *sorted({str(working), str(records.parent.parent), *run, *map(str, folders)}, key=len)]
+    folders = {path.parent if path.is_file() else path for each in named for path in (each, each.resolve())}
+    found = [*site, *sorted(map(str, folders), key=len)]
     kept: list[str] = []
     for mount in found:
         if not any(mount == other or mount.startswith(f"{other.rstrip('/')}/") for other in kept if ":" not in other):
             kept.append(mount)
     for mount in kept:
-        if any(character in mount for character in ",\n") or mount.count(":") > 2 or mount == "/":
+        if any(character in mount for character in ",\n") or (":" in mount and mount not in site) or mount == "/":
             raise ConfigError(f"{mount!r} cannot be mounted into a container: the root would hide the "
                               "image, and commas, colons and line breaks mean something else there; use another folder")
     return tuple(kept)

@@ -18,9 +18,12 @@ from pathlib import Path
 from grn_scale.atomic import write_json
 from grn_scale.cli import dispatch
 from grn_scale.command_line import run
-from grn_scale.errors import EXIT_FAILED
+from grn_scale.errors import EXIT_FAILED, EXIT_REQUEUE
 from grn_scale.parallel.dims import adopt_srun
 from grn_scale.slurm.records import VERSIONS, versions
+
+TORCHELASTIC = "TORCHELASTIC_RUN_ID"
+"""Set by torchrun."""
 
 
 def main(argv: list[str]) -> int:
@@ -36,6 +39,8 @@ def main(argv: list[str]) -> int:
         adopt_srun()
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     write_into(options.rank_logs / f"rank-{rank:05d}.log")
+    if TORCHELASTIC in os.environ:
+        signal.signal(signal.SIGUSR2, lambda *_: end_at_once(options.rank_logs, rank))
     if rank == 0:
         write_json(options.rank_logs / VERSIONS, versions())
     code = EXIT_FAILED  # of an error that leaves a traceback
@@ -43,9 +48,20 @@ def main(argv: list[str]) -> int:
         code = run(dispatch, options.command)
     finally:
         if code:
-            word = f"rank {rank} on {socket.gethostname()}\n"
-            (options.rank_logs / f"exit-{code}").write_text(word, encoding="utf-8")
+            leave_code(options.rank_logs, rank, code)
     return code
+
+
+def leave_code(logs: Path, rank: int, code: int) -> None:
+    """Leave the exit code of this process behind for the job's script."""
+    (logs / f"exit-{code}").write_text(f"rank {rank} on {socket.gethostname()}\n", encoding="utf-8")
+
+
+def end_at_once(logs: Path, rank: int) -> None:
+    """What a request to stop does until training can save: under torchrun, which ignores the signal and hands that on,
+    it would be lost."""
+    leave_code(logs, rank, EXIT_REQUEUE)
+    os._exit(EXIT_REQUEUE)
 
 
 def become_torchrun(processes: int, logs: Path, command: list[str]) -> None:

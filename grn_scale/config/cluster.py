@@ -29,6 +29,8 @@ class Container:
     """pyxis: /path/of/file.sqsh or registry#image:tag; apptainer: file.sif or docker://..."""
     mounts: tuple[str, ...] = ()
     """SOURCE or SOURCE:TARGET, beside the run folder, the working directory and the folders the job reads."""
+    start_seconds: int = 300
+    """How long a node may take to fetch and unpack the image: so much longer the preflight waits for it."""
     python: str = "python3"
     """Interpreter inside the image, with grn_scale's requirements installed."""
 
@@ -39,6 +41,8 @@ class Container:
         require(self.runtime != "pyxis" or not self.image.endswith(".sqsh") or self.image.startswith(("/", "./")),
                 f"container.image is {self.image}, which pyxis takes for the name of an image in a registry: give the "
                 "file's whole path")
+        require(self.start_seconds >= 0,
+                f"container.start_seconds is {self.start_seconds}, but must not be negative")
         for mount in self.mounts:
             require("," not in mount and "\n" not in mount,
                     f"container.mounts holds {mount!r}: commas and line breaks cannot be mounted; give other paths")

@@ -182,11 +182,15 @@ def break_node(slurm: Slurm, folder: Path, node: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_job_of_one_node_leaves_it_out_where_it_is_bad(slurm: Slurm, dataset: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("chain", [1, 2])
+def test_a_job_of_one_node_leaves_it_out_where_it_is_bad(slurm: Slurm, dataset: Path, tmp_path: Path,
+                                                         chain: int) -> None:
     run = tmp_path / "run"
     break_node(slurm, tmp_path / "broken", "node1")
-    job = slurm("train", *train_arguments(dataset, run)[1:], "--gpus-per-node", 1, "--exclude-failed-nodes",
-                "--submit").stdout.strip()
+    if chain > 1:
+        slurm.site.write_text(f"{slurm.site.read_text()}requeue: false\n")
+    *_, job = slurm("train", *train_arguments(dataset, run)[1:], "--gpus-per-node", 1, "--exclude-failed-nodes",
+                    "--chain", chain, "--submit").stdout.split()
     assert slurm.cluster.wait(job, timeout=PATIENCE_SECONDS) == "COMPLETED", logs(run)
     assert [start.nodes for start in read_starts(newest(run).folder)] == ["node1", "node2"]
 

@@ -101,6 +101,11 @@ def test_a_container_sees_every_folder_that_the_command_names(here: Path) -> Non
                                    "--text-encoder ../umt5 --model ../models/model.yaml\n", encoding="utf-8")
     made = job("convert", "--list", "list.txt", site="pyxis")
     assert {Path(mount).name for mount in made.mounts} >= {"weights", "tokenizer", "umt5", "models", "made"}
+    (here / "link").symlink_to(here.parent / "made")
+    assert str(here.parent / "made") in job("train", "output=link/first", site="pyxis").mounts
+    (here.parent / "v1:2").mkdir()
+    with pytest.raises(ConfigError, match="v1:2' cannot be mounted"):
+        job("train", "output=runs/a", f"data.dataset={here.parent}/v1:2", site="pyxis")
     with pytest.raises(ConfigError, match="cannot be mounted"):
         (here / "a,b").mkdir()
         os.chdir(here / "a,b")
@@ -126,13 +131,15 @@ def test_a_container_sees_every_folder_that_the_command_names(here: Path) -> Non
     (["train", "output=a", "--chain", "2", "--sbatch", "dependency=afterok:1"], "the job has it already"),
     (["train", "output=a", "--partition", "a", "--sbatch", "partition=b"], "the job has it already"),
     (["train", "output=a", "--wait"], "give it with --submit"),
+    (["train", "output=a", "--exclude-failed-nodes"], "has requeue: false"),
     (["train", "output=a", "--nodes", "0"], "no whole number above 0"),
     (["train", "output=a", "--time", "3"], "leaves no time to train"),
     (["train", "output=runs/lr:1"], "a path with a colon"),
     (["evaluate", "--held-out", "output=a", "--nodes", "2"], "this is one process"),
 ])
 def test_contradictions_are_refused(arguments: list[str], words: str) -> None:
-    Path("site.yaml").write_text(SITE["bare"], encoding="utf-8")
+    requeue = "requeue: false\n" if "--exclude-failed-nodes" in arguments else ""
+    Path("site.yaml").write_text(SITE["bare"] + requeue, encoding="utf-8")
     with pytest.raises(ConfigError, match=words):
         submit.main(arguments[0], [*arguments[1:], "--cluster", "site.yaml", "--print"])
 
