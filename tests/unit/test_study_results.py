@@ -129,7 +129,7 @@ def test_predictions_are_compared_where_the_hardware_is_known(tmp_path: Path) ->
     gpu = {"gpu": "NVIDIA H100 80GB HBM3", "peak_memory_of": "GPU", "mfu": 0.3, "hfu": 0.4}
     write_report(study, [cell("base", 1, 1, 5e5, **gpu), cell("base", 2, 1, 9e5, **gpu)])
     text = (study.folder / "report.md").read_text()
-    assert "predicted tensors (GB)" in text and "The prediction assumes:" in text and "H100 of 80" in text
+    assert "predicted tensors (GB)" in text and "The prediction assumes:" in text and "H100 of 79.1 GiB" in text
     assert "| 30.0% | 40.0% |" in text
     entry = {"nodes": 1, "matmul_bf16": 4e11, "matmul_fp32": 1e11, "attention_bf16": [9e10, 1.3e11],
              "attention_fp32": [8e10, 8e10], "bandwidth": 3e10}
