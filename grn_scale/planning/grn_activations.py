@@ -161,7 +161,8 @@ class Activations:
         out, qkv, gate_up, down = matrices
         g = self.hidden  # gradient of a layer's output, which passes by every part
         gathered = b * self.R if self.split else 0
-        again = g if self.again_mlp or self.again_layer else 0  # the output that was computed again
+        again = g if self.again_mlp or self.again_layer else 0  # the output that was computed again,
+        left = g if self.again_layer else 0  # which of a whole layer stays until the layer is done
         in_mlp = max(
             # down projection: gradients of its input and its weight, then the latter's copy
             whole + g + again + gathered + b * M + b * down,
@@ -171,15 +172,16 @@ class Activations:
             # gate and up projection
             whole - mlp + g + 2 * b * M + b * self.R + (g if self.split else 0) + b * gate_up,
             whole - mlp + 2 * g + (b + self.cast) * gate_up)
-        in_attention = max(
+        in_attention = left + max(
             # core attention: gradients of its output, of queries, keys and values
             norm_in + given + core + g + 4 * b * self.T,
             # norms of queries and keys, then the projection before them
             norm_in + given + g + 3 * b * A + (0 if self.forms.norm else self._norm_backward(A)),
             norm_in + g + 3 * b * A + b * self.R + (g if self.split else 0) + (b + self.cast) * qkv)
-        in_norm = attention + g + self._norm_backward(self.X)
+        in_norm = attention + g + left + self._norm_backward(self.X)
         arrivals = ((down, whole + g + again + b * down), (gate_up, whole - mlp + 2 * g + b * gate_up),
-                    (out, norm_in + given + core + g + b * A + b * out), (qkv, norm_in + 2 * g + b * qkv))
+                    (out, left + norm_in + given + core + g + b * A + b * out),
+                    (qkv, left + norm_in + 2 * g + b * qkv))
         if self.again_layer:
             return Kept(0, max(in_mlp, in_norm, in_attention), 0, arrivals)
         kept = whole - (mlp if self.again_mlp else 0)

@@ -15,7 +15,7 @@ from grn_scale.planning.grn_activations import Activations, Kept, KernelForms
 from grn_scale.planning.grn_pack import batch_bytes, full_pack
 from grn_scale.planning.grn_parameters import Chunk, stage_chunks
 from grn_scale.planning.grn_state import State, state
-from grn_scale.planning.schedule import Schedule
+from grn_scale.planning.schedule import Schedule, Task
 
 
 @dataclass(frozen=True)
@@ -96,23 +96,23 @@ class _Replay:
         order = Schedule(self.parallel.pipeline, self.parallel.virtual_pipeline, micro_batches).of_stage(self.stage)
         begun = [False] * len(self.parts)
         gradients, flight, peak = self.state.gradients_first, 0, 0
+        referred = _Referred(self.act.hidden, [chunk.embedding is None for chunk in self.chunks])
         for task in order:
+            beside = referred.begin(task)
             if not task.backward:
                 # the model's forward refers to the embedded rows until the last layer is done
                 embedded = self.act.b * self.act.R if self.chunks[task.chunk].embedding else 0
-                held = self.steady + gradients + (0 if self.act.keeps_input else embedded)
+                held = self.steady + gradients + beside + (0 if self.act.keeps_input else embedded)
                 for part, _ in self.parts[task.chunk]:
                     peak = max(peak, held + flight + part.forward)
                     flight += part.kept
                 continue
-            # the gradient that went back to the stage before is referred to until the next one does
             chunk, done, filled = self.chunks[task.chunk], 0, 0
-            left = self.act.hidden if begun[task.chunk] and chunk.embedding is None else 0
             for part, count in reversed(self.parts[task.chunk]):
                 flight -= part.kept
                 # the gradient that came from the stage behind stays, too; the first layer counts it as its own
                 came = self.act.hidden if done and chunk.head is None else 0
-                held = self.steady + self.state.bucket + flight + left + came
+                held = self.steady + self.state.bucket + flight + beside + came
                 peak = max(peak, held + gradients + part.backward)
                 vectors = count - sum(elements for elements, _ in part.arrivals)
                 for elements, there in (*part.arrivals, (vectors, 0)):
@@ -134,3 +134,30 @@ class _Replay:
         soon as one of them is among its own, which are the first."""
         total = sum(count for parts in self.parts for _, count in parts)
         return self.state.gradients - there if total - done < self.state.partition else 0
+
+
+class _Referred:
+    """Tensors that came from the stage before, and the gradients that went back to it, which are referred to after the
+    backward pass that they were for: a chunk refers to what it was given last (`set_input_tensor`), with its gradient,
+    and the schedule to the gradient that went back last."""
+
+    def __init__(self, hidden: int, receives: list[bool]) -> None:
+        """hidden: bytes of one of them; receives: of each chunk, whether a stage is before it."""
+        self.hidden, self.receives = hidden, receives
+        self.given: list[int | None] = [None] * len(receives)
+        self.done: list[bool] = [False] * len(receives)
+        self.went: Task | None = None
+
+    def begin(self, task: Task) -> int:
+        """Bytes that are left from earlier tasks while this one runs."""
+        if not task.backward:
+            self.given[task.chunk], self.done[task.chunk] = task.micro_batch, False
+        again = sum(2 * self.hidden for done, receives in zip(self.done, self.receives) if done and receives)
+        went = self.went
+        if went and self.receives[went.chunk] and not (
+                self.done[went.chunk] and self.given[went.chunk] == went.micro_batch):
+            again += self.hidden
+        if task.backward:
+            self.done[task.chunk] = self.given[task.chunk] == task.micro_batch
+            self.went = task
+        return again
