@@ -87,10 +87,10 @@ def _check_memory(config: Any, job: Job) -> None:
 
     if not job.cluster.gpu or not job.gpus_per_node or not isinstance(config.model, ModelConfig):
         return
-    machine = find_machine(config, job.cluster.gpu, job.nodes, job.gpus_per_node)
+    machine = find_machine(config, job.cluster.gpu, job.nodes, job.gpus_per_node, job.cluster.network)
     stages = budgets(config, machine)
     tensors, most = max(memory.bytes["peak"] for memory, _ in stages), max(held.most for _, held in stages)
-    if most <= machine.memory:
+    if most <= machine.limit:
         log.info("memory planned: %.1f of %.1f GB on the fullest GPU", most / 1e9, machine.memory / 1e9)
         return
     nearest = remedies(config, machine)["nearest"]

@@ -48,6 +48,8 @@ def command_parser(schema: type | tuple[type, ...] = SCHEMAS) -> CommandParser:
     parser.add_argument("--gpus-per-node", type=int, metavar="G", help="in place of the cluster file's")
     parser.add_argument("--gpu", metavar="NAME", help="in place of the cluster file's: H100, A100, ... or "
                         "a file that `grn-scale bench gpu --hardware FILE.yaml` measured")
+    parser.add_argument("--network", type=float, metavar="GBITS", help="Gbit/s of the nodes' network for each GPU, in "
+                        "place of the cluster file's network_gbits")
     parser.add_argument("--tokens", type=float, metavar="T", help="say how long training on so many tokens takes")
     parser.add_argument("--price", type=float, metavar="P", help="of a GPU for an hour, in place of the cluster file's")
     parser.add_argument("--search", action="store_true", help="rank the legal layouts that fit by throughput")
@@ -56,12 +58,13 @@ def command_parser(schema: type | tuple[type, ...] = SCHEMAS) -> CommandParser:
     return parser
 
 
-def gpus_of(options: Namespace) -> tuple[str, int, int]:
-    """(name of the GPU, nodes, GPUs of a node) that the options name; ConfigError, with what to give, where they do
-    not."""
+def gpus_of(options: Namespace) -> tuple[str, int, int, float | None]:
+    """(name of the GPU, nodes, GPUs of a node, bytes a second of a GPU to other nodes) that the options name, as
+    `find_machine` takes them; ConfigError, with what to give, where they do not."""
     cluster = Cluster.load(options.cluster) if options.cluster else None
     for name, value in (("--nodes", options.nodes), ("--gpus-per-node", options.gpus_per_node),
-                        ("--tokens", options.tokens), ("--price", options.price)):
+                        ("--tokens", options.tokens), ("--price", options.price),
+                        ("--network", options.network)):
         least = 0 if name == "--price" else 1
         if value is not None and not value >= least:
             raise ConfigError(f"{name} is {value}, but must be at least {least}")
@@ -74,7 +77,8 @@ def gpus_of(options: Namespace) -> tuple[str, int, int]:
     if not per_node:
         known = f"{options.cluster} has gpus_per_node: 0; " if cluster else ""
         raise ConfigError(f"how many GPUs has a node? {known}give --gpus-per-node 8")
-    return gpu, options.nodes, per_node
+    network = options.network / 8 * 1e9 if options.network else cluster.network if cluster else None
+    return gpu, options.nodes, per_node, network
 
 
 def check_plan(config: Any, world_size: int) -> Config:
@@ -126,7 +130,7 @@ def _plan_dense(argv: list[str]) -> int:
         run = load_config(options.dense, options.overrides, DenseRun)
     except ConfigError as error:
         raise ConfigError(f"--dense: {str(error).removeprefix('--config: ')}") from error
-    machine, price = DenseMachine.find(*gpus_of(options)), _price(options)
+    machine, price = DenseMachine.find(run, *gpus_of(options)), _price(options)
     if options.search:
         begin = time.perf_counter()
         found = dense_ranked(run, machine, options.tokens, price)
@@ -138,7 +142,8 @@ def _plan_dense(argv: list[str]) -> int:
 
 def _search(options: Namespace, machine: Machine | DenseMachine, gpu: str, found: tuple[list[Ranked], int],
             nearest_layouts: Callable[[], dict[str, Any]], begin: float) -> int:
-    result = search_document(gpu, machine.gpus, machine.memory, found, nearest_layouts, time.perf_counter() - begin)
+    sizes = {"limit_bytes": machine.limit, "gpu_bytes": machine.memory}
+    result = search_document(gpu, machine.gpus, sizes, found, nearest_layouts, time.perf_counter() - begin)
     print(json.dumps(result)) if options.json else show_search(result)
     return 0 if result["layouts"] else EXIT_FAILED
 

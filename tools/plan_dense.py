@@ -14,10 +14,10 @@ from typing import Any
 from grn_scale.errors import ConfigError
 from grn_scale.planning.flops import Convention, attention_forward, counted
 from grn_scale.planning.grn_budget import Assumed
-from grn_scale.planning.grn_machine import GIB, MOST_IN_A_NODE
+from grn_scale.planning.grn_machine import GIB, MOST_IN_A_NODE, with_network
 from grn_scale.planning.hardware import find_gpu, load_efficiencies
-from grn_scale.planning.layout import Layout, Software
-from grn_scale.planning.memory import FRAGMENTATION, memory
+from grn_scale.planning.layout import SHORT, Layout, Software, goes_into
+from grn_scale.planning.memory import memory
 from grn_scale.planning.shape import Shape
 from grn_scale.planning.step_time import Machine, step_time
 from grn_scale.tools.plan_document import NEAREST, throughput
@@ -51,6 +51,10 @@ class DenseRun:
     """0: no embedding or head of note, as a diffusion transformer."""
     tied: bool = False
     causal: bool = True
+    diffusion: bool = False
+    """An image or video diffusion transformer: modulation in each layer, and the rates that such programs reach."""
+    precision: str = "bf16"
+    """bf16, or fp8 in the layers' matrix products."""
     seq_len: int = 0
     global_batch: int = 0
     """Sequences of a step."""
@@ -74,6 +78,8 @@ class DenseRun:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but must be at least 1: give it in the --dense "
                                   f"file or as {name}=N (configs/planner/llama3_8b.yaml is an example)")
+        if self.precision not in ("bf16", "fp8"):
+            raise ConfigError(f"precision is {self.precision!r}, but must be bf16 or fp8")
         for name in ("kv_heads", "vocab", "dp"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but must be 0 or more")
@@ -99,8 +105,9 @@ class DenseRun:
              f"heads ({shape.heads}) and ffn ({self.ffn}) must be multiples of tp ({self.tp})"),
             (shape.kv_heads % self.tp == 0 or self.tp % shape.kv_heads == 0,
              f"kv_heads ({shape.kv_heads}) and tp ({self.tp}) must divide one by the other"),
-            (self.layers % (self.pp * self.vpp) == 0,
-             f"layers ({self.layers}) must be a multiple of pp x vpp ({self.pp} x {self.vpp})"),
+            (goes_into(self.layers, self.pp * self.vpp),
+             f"layers ({self.layers}) must be a multiple of pp x vpp ({self.pp} x {self.vpp}), or at most {SHORT} "
+             "fewer: the first and last stage may have one less"),
             (self.vpp == 1 or self.pp > 1, f"vpp is {self.vpp}, but without a pipeline (pp=1) there is one chunk"),
             (self.pp == 1 or self.zero < 2 or self.fsdp, f"zero={self.zero} does not go with pp={self.pp}: take zero=1"
              " or fsdp=true"),
@@ -133,13 +140,15 @@ class DenseMachine:
     software: Software
 
     @classmethod
-    def find(cls, gpu: str, nodes: int, gpus_per_node: int) -> DenseMachine:
-        """ConfigError where nobody knows the GPU."""
-        sheet, reached = find_gpu(gpu), load_efficiencies()
+    def find(cls, run: DenseRun, gpu: str, nodes: int, gpus_per_node: int, network: float | None) -> DenseMachine:
+        """Arguments as of `find_machine`; ConfigError where nobody knows the GPU, or it has no fp8."""
+        sheet, reached = with_network(find_gpu(gpu), network), load_efficiencies()
+        sheet.peak(run.precision == "fp8")
         if sheet.domain <= MOST_IN_A_NODE:
             sheet = replace(sheet, domain=gpus_per_node)
         newest = f"{sheet.architecture}_cudnn" in reached.attention
-        return cls(Machine(sheet, reached), nodes, gpus_per_node, Software(attention="cudnn" if newest else "fa2"))
+        return cls(Machine(sheet, reached), nodes, gpus_per_node, Software(
+            attention="cudnn" if newest else "fa2", fp8=run.precision == "fp8", diffusion=run.diffusion))
 
     @property
     def gpus(self) -> int:
@@ -149,6 +158,24 @@ class DenseMachine:
     def memory(self) -> int:
         return int(self.machine.gpu.memory_gib * GIB)
 
+    @property
+    def limit(self) -> int:
+        """Bytes that a plan may fill."""
+        return int(self.memory * self.machine.reached.filled)
+
+    def assumed(self) -> list[str]:
+        """What the rates are, in words."""
+        gpu, software = self.machine.gpu, self.software
+        kind = "fp8" if software.fp8 else "bf16"
+        words = [f"{gpu.name} of {gpu.memory_gib:g} GiB, {gpu.peak(software.fp8) / 1e12:g} TFLOP/s in {kind}, "
+                 f"{gpu.nic / 1e9:g} GB/s to other nodes; shares that are reached: configs/planner/*.yaml",
+                 f"{software.attention} attention, fused kernels, overlapped communication, gradients in fp32, no "
+                 "dropout"]
+        if software.diffusion:
+            words.append(f"products and attention take {self.machine.reached.diffusion:.2f} times as long as in "
+                         "language models, as in the published image and video programs")
+        return words
+
 
 def stage_document(run: DenseRun, machine: DenseMachine) -> dict[str, Any]:
     """Bytes of the fullest rank by category and phase, as `plan_document.show_memory` takes them."""
@@ -156,7 +183,7 @@ def stage_document(run: DenseRun, machine: DenseMachine) -> dict[str, Any]:
     held = memory(run.shape, layout, machine.software)
     sizes = {name: int(getattr(held, name)) for name in ("weights", "gradients", "optimizer", "gathered", "activations",
                                                          "running", "loss")}
-    sizes["peak"] = int(held.total / (1 + FRAGMENTATION))
+    sizes["peak"] = int(held.total / (1 + machine.machine.reached.fragmentation))
     groups = (layout.tp, layout.pp, layout.cp, layout.shards, machine.gpus)
     beside = {"communication": assumed.communicator * sum(size > 1 for size in groups),
               "context": assumed.context + assumed.workspace,
@@ -172,17 +199,16 @@ def dense_document(run: DenseRun, machine: DenseMachine, tokens: float | None, p
     """Memory, verdict, step time and cost; ConfigError where the layout is illegal."""
     stage = stage_document(run, machine)
     most = max(stage["phases"].values())
-    verdict: dict[str, Any] = {"fits": most <= machine.memory, "most_bytes": most, "gpu_bytes": machine.memory,
-                               "nearest": [], "smallest": None}
+    verdict: dict[str, Any] = {"fits": most <= machine.limit, "most_bytes": most, "limit_bytes": machine.limit,
+                               "gpu_bytes": machine.memory, "nearest": [], "smallest": None}
     if not verdict["fits"]:
         verdict |= dense_remedies(run, machine)
     gpu = machine.machine.gpu
     return {"gpu": gpu.name, "nodes": machine.nodes, "gpus_per_node": machine.gpus_per_node, "gpus": machine.gpus,
             "parameters": int(run.shape.parameters), "layout": layout_text(run, machine.gpus), "verdict": verdict,
             "stages": [stage], "host_bytes_per_node": None, "time": _time(run, machine, tokens, price),
-            "assumed": [f"{gpu.name} of {gpu.memory_gib:g} GiB, {gpu.bf16 / 1e12:g} TFLOP/s in bf16; rates reached "
-                        "from configs/planner/efficiencies.yaml", f"{machine.software.attention} attention, fused "
-                        "kernels, overlapped communication, gradients in fp32, no dropout",
+            "assumed": [*machine.assumed(),
+                        "MFU counts causal attention half and takes the bf16 peak; Megatron and Llama 3 count it whole",
                         "gathered: weights of sharded layers while they are whole; running: what only the layer that "
                         "runs needs; loss and a layer do not run at the same time",
                         "memory is analytic: no dry run checks a model that is not ours (grn-scale plan validate "
@@ -203,7 +229,7 @@ def dense_ranked(run: DenseRun, machine: DenseMachine, tokens: float | None,
     found = []
     for other in legal:
         most = max(stage_document(other, machine)["phases"].values())
-        if most <= machine.memory:
+        if most <= machine.limit:
             kinds = {"degrees": (other.tp, other.cp, other.pp, other.vpp), "ZeRO stage": (other.zero,),
                      "recomputation": (other.recompute,), "micro-batch": (other.micro_batch,)}
             found.append(Ranked(layout_text(other, machine.gpus), changed(run, other), distance(run, other), most,
@@ -215,9 +241,9 @@ def legal_runs(run: DenseRun, machine: DenseMachine) -> Iterator[DenseRun]:
     """Every legal layout of the model and batch on the machine, tensor parallelism inside NVLink's reach."""
     gpus, reach = machine.gpus, machine.machine.gpu.domain
     for tp in (d for d in _divisors(gpus) if d <= reach):
-        for pp in (d for d in _divisors(run.layers) if gpus % (tp * d) == 0):
+        for pp in (d for d in _divisors(gpus // tp) if goes_into(run.layers, d)):
             for cp in (d for d in _divisors(gpus // (tp * pp)) if d & (d - 1) == 0 and run.seq_len // d >= 1024):
-                for vpp in ([1] if pp == 1 else [d for d in _divisors(run.layers // pp) if d <= 8]):
+                for vpp in ([1] if pp == 1 else [d for d in range(1, 9) if goes_into(run.layers, pp * d)]):
                     for zero in ((1,) if pp > 1 else (0, 1, 2, 3)):
                         for recompute in RECOMPUTE:
                             for micro in sorted({*MICRO_BATCHES, run.micro_batch}):
@@ -249,7 +275,7 @@ def dense_remedies(run: DenseRun, machine: DenseMachine) -> dict[str, Any]:
     """As `plan_document.remedies`."""
     found = [(changed(run, other), distance(run, other), max(stage_document(other, machine)["phases"].values()))
              for other in legal_runs(run, machine)]
-    near = sorted((each for each in found if each[2] <= machine.memory), key=lambda each: (each[1], -each[2]))
+    near = sorted((each for each in found if each[2] <= machine.limit), key=lambda each: (each[1], -each[2]))
     least = min(found, key=lambda each: each[2], default=None)
     return {"nearest": [{"settings": list(each[0]), "most_bytes": each[2]} for each in near[:NEAREST]],
             "smallest": least and {"settings": list(least[0]), "most_bytes": least[2]},

@@ -41,9 +41,9 @@ def document(config: Config, machine: Machine, tokens: float | None, price: floa
     """Memory by stage, phase and category, verdict, step time and cost."""
     stages = budgets(config, machine)
     most = max(held.most for _, held in stages)
-    fits = most <= machine.memory
-    verdict: dict[str, Any] = {"fits": fits, "most_bytes": most, "gpu_bytes": machine.memory, "nearest": [],
-                               "smallest": None}
+    fits = most <= machine.limit
+    verdict: dict[str, Any] = {"fits": fits, "most_bytes": most, "limit_bytes": machine.limit,
+                               "gpu_bytes": machine.memory, "nearest": [], "smallest": None}
     if not fits:
         verdict |= remedies(config, machine)
     return {
@@ -73,7 +73,7 @@ def remedies(config: Config, machine: Machine) -> dict[str, Any]:
     """The nearest layouts that fit, and the one that takes least, as fields of the verdict."""
     found: list[tuple[Layout, int]] = [(layout, most_bytes(layout.config, machine))
                                        for layout in legal_layouts(config, machine.gpus, machine.reach)]
-    fitting = sorted((each for each in found if each[1] <= machine.memory),
+    fitting = sorted((each for each in found if each[1] <= machine.limit),
                      key=lambda each: (each[0].distance, -each[1]))
     least = min(found, key=lambda each: each[1], default=None)
     return {"nearest": [{"settings": list(layout.settings), "most_bytes": size} for layout, size in fitting[:NEAREST]],
@@ -173,8 +173,9 @@ def _gigabytes(sizes: Iterable[int]) -> list[str]:
 
 def show_verdict(out: Console, verdict: dict[str, Any]) -> None:
     """Print whether it fits, and what would."""
-    most, limit = verdict["most_bytes"] / 1e9, verdict["gpu_bytes"] / 1e9
-    out.print(f"{'fits' if verdict['fits'] else 'DOES NOT FIT'}: {most:.1f} of {limit:.1f} GB", soft_wrap=True)
+    most, limit, whole = (verdict[name] / 1e9 for name in ("most_bytes", "limit_bytes", "gpu_bytes"))
+    out.print(f"{'fits' if verdict['fits'] else 'DOES NOT FIT'}: {most:.1f} GB of {limit:.1f}, which is what a plan "
+              f"may fill of the GPU's {whole:.1f}", soft_wrap=True)
     if verdict["fits"]:
         return
     for near in verdict["nearest"]:

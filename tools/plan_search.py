@@ -55,7 +55,7 @@ def ranked(config: Config, machine: Machine, tokens: float | None = None,
     legal, found = list(legal_layouts(config, machine.gpus, machine.reach)), []
     for layout in legal:
         size = most_bytes(layout.config, machine)
-        if size <= machine.memory:
+        if size <= machine.limit:
             parallel, zero = layout.config.parallel, layout.config.zero
             kinds = {"degrees": (parallel.tensor, parallel.context, parallel.pipeline, parallel.virtual_pipeline),
                      "ZeRO stage": (zero.stage, zero.offload_optimizer),
@@ -66,19 +66,20 @@ def ranked(config: Config, machine: Machine, tokens: float | None = None,
     return rank(found), len(legal)
 
 
-def search_document(gpu: str, gpus: int, gpu_bytes: int, found: tuple[list[Ranked], int],
+def search_document(gpu: str, gpus: int, sizes: dict[str, int], found: tuple[list[Ranked], int],
                     remedies: Callable[[], dict[str, Any]], seconds: float) -> dict[str, Any]:
-    """The best layouts as plain values. remedies: what nearest layouts there are, asked where none fits.
+    """The best layouts as plain values. sizes: bytes of a GPU (gpu_bytes) and what of it a plan may fill (limit_bytes);
+    remedies: what nearest layouts there are, asked where none fits.
 
     Where layouts that the dry run can check fit, `layouts` are those, and `estimated` the best of the others.
     """
     fitting, legal = found
     layouts = [each for each in fitting if each.estimated == fitting[0].estimated]
     estimated = fitting[len(layouts):]
-    return {"gpu": gpu, "gpus": gpus, "gpu_bytes": gpu_bytes, "legal": legal, "fitting": len(fitting),
+    return {"gpu": gpu, "gpus": gpus, **sizes, "legal": legal, "fitting": len(fitting),
             "seconds": seconds, "layouts": [each.document() for each in layouts[:SHOWN]],
             "estimated": estimated[0].document() if estimated else None,
-            "why": why(layouts, estimated, gpu_bytes) if layouts else [nothing_fits(remedies())]}
+            "why": why(layouts, estimated, sizes["gpu_bytes"]) if layouts else [nothing_fits(remedies())]}
 
 
 def why(layouts: list[Ranked], estimated: list[Ranked], gpu_bytes: int) -> list[str]:
@@ -118,7 +119,8 @@ def show_search(result: dict[str, Any]) -> None:
     table = Table("", "layout", "GB", "s/step", "tokens/s/GPU", "MFU", "settings", box=box.SIMPLE, pad_edge=False,
                   collapse_padding=True)
     out.print(f"{result['gpus']} x {result['gpu']}: {result['fitting']} of {result['legal']} legal layouts fit "
-              f"{result['gpu_bytes'] / 1e9:.0f} GB ({result['seconds']:.1f} s)")
+              f"the {result['limit_bytes'] / 1e9:.1f} GB of the GPU's {result['gpu_bytes'] / 1e9:.1f} that a plan may "
+              f"fill ({result['seconds']:.1f} s)")
     for number, each in enumerate(result["layouts"], 1):
         time = each["time"]
         table.add_row(str(number), each["layout"], f"{each['most_bytes'] / 1e9:.1f}", f"{time['step_seconds']:.3g}",

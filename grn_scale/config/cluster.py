@@ -64,6 +64,9 @@ class Cluster:
     """What `grn-scale plan` takes the GPUs for: a name of configs/hardware/, such as H100. Slurm is not told."""
     price_per_gpu_hour: float = 0.0
     """What an hour of one GPU costs, in any currency, for `grn-scale plan`; 0: not known."""
+    network_gbits: float = 0.0
+    """Gbit/s that the nodes' network has for each GPU in one direction, for `grn-scale plan`; 0: what is usual for the
+    GPU (configs/hardware/)."""
     processes_per_node: int = 0
     """Of nodes without GPUs; else there is one for each GPU."""
     gpu_option: str = "gpus-per-node"
@@ -113,11 +116,17 @@ class Cluster:
         require(self.minimum_bandwidth >= 0, "minimum_bandwidth must not be negative")
         require(self.price_per_gpu_hour >= 0,
                 f"price_per_gpu_hour is {self.price_per_gpu_hour}, but must not be negative")
+        require(self.network_gbits >= 0, f"network_gbits is {self.network_gbits}, but must not be negative")
         require_positive("cluster", signal_seconds=self.signal_seconds)
         require(self.signal_seconds <= 65535, "signal_seconds is above 65535, which Slurm does not take")
         for name, value in self.environment.items():
             require(_VARIABLE.fullmatch(name) is not None, f"environment: {name!r} is no name of a variable")
             require("\n" not in value and "\0" not in value, f"environment.{name} holds a line break; leave it out")
+
+    @property
+    def network(self) -> float | None:
+        """Bytes a second of a GPU to other nodes, where the file says so."""
+        return self.network_gbits / 8 * 1e9 or None
 
     @classmethod
     def load(cls, path: str | Path) -> Cluster:

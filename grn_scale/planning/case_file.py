@@ -18,11 +18,14 @@ from grn_scale.errors import UserError
 _WHOLE = ("n_gpus", "layers", "hidden", "heads", "kv_heads", "ffn", "seq_len", "vocab", "micro_batch", "global_batch",
           "tp", "pp", "vpp", "cp", "dp")
 _SHARES = ("mfu", "hfu")
-_PUBLISHED = ("tokens_per_s_per_gpu", "step_time_s", "measured_tflops_per_gpu", *_SHARES, "memory_gb", "params_b")
+_PUBLISHED = ("tokens_per_s_per_gpu", "step_time_s", "measured_tflops_per_gpu", *_SHARES, "memory_gb")
 _NULL = {"", "-", "?", "null", "none", "n/a", "na", "nan", "unknown", "not stated"}
 _FLAG_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-_NUMBER = re.compile(r"[~≈]? ?(-?[\d.]+(?:e[+-]?\d+)?) ?(%|[a-z][a-z/ ]+)?")
-"""With a unit of two letters at least: a single one, as in 8K, may be a factor."""
+_NUMBER = re.compile(r"[~≈]? ?(-?[\d.]+(?:e[+-]?\d+)?) ?(%|[kmbt]|[a-z][a-z/ ]+)?")
+_FACTORS = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
+"""Of a number's last letter. Thousands of tokens are 1,024."""
+BILLIONS = 1e5
+"""From here on `params_b` is taken for a number of parameters, not of billions."""
 UNREAD = "unread"
 """Field of a case as it is read: field -> reason for each value that makes no sense."""
 _TEXT = ("source", "gpu", "sharding", "precision", "memory_kind", "flops_convention", "value_origin", "notes")
@@ -63,14 +66,18 @@ def _meant(case: Any, number: int) -> dict[str, Any]:
             except ValueError as reason:
                 meant[field], unread[field] = None, f"{_short(value)} {reason}"
 
-    read(_WHOLE, _whole)
+    read(["zero_stage"], _stage)
+    read([field for field in _WHOLE if field != "seq_len"], _whole)
+    read(["seq_len"], lambda value: _whole(value, thousand=1024))
+    read(["params_b"], lambda value: count / 1e9 if (count := _positive(value)) > BILLIONS else count)
+    if isinstance(case.get("memory_gb"), str) and "gib" in case["memory_gb"].lower():
+        meant["memory_kind"] = f"{case.get('memory_kind') or ''} GiB"
     read(_PUBLISHED, _positive)
     read(_SHARES, lambda value: value / 100 if value > 1.5 else value)
-    read(["zero_stage"], _stage)
     read(["causal", "sp"], _flag)
     read(["ulysses"], _degree)
     read(_TEXT, str)
-    read(["recompute"], lambda value: ("full" if value else "none") if isinstance(value, bool) else str(value))
+    read(["recompute"], _words)
     return {**meant, UNREAD: unread}
 
 
@@ -79,12 +86,13 @@ def _short(value: Any) -> str:
     return text if len(text) < 60 else f"{text[:56]}..."
 
 
-def _number(value: Any) -> float:
+def _number(value: Any, thousand: float = 1000) -> float:
     """The number that a value is, or a string holds. ValueError where it is none."""
     if isinstance(value, str):
         match = _NUMBER.fullmatch(value.strip().lower().replace(",", "").replace("_", ""))
         try:
-            value = float(match[1]) / (100 if match[2] == "%" else 1) if match else None
+            factor = (_FACTORS | {"k": thousand}).get(match[2], 1) if match else 1
+            value = float(match[1]) * factor / (100 if match[2] == "%" else 1) if match else None
         except ValueError:
             value = None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
@@ -92,19 +100,31 @@ def _number(value: Any) -> float:
     return value
 
 
-def _positive(value: Any) -> float:
-    if (number := _number(value)) <= 0:
+def _positive(value: Any, thousand: float = 1000) -> float:
+    if (number := _number(value, thousand)) <= 0:
         raise ValueError("is not above 0")
     return number
 
 
-def _whole(value: Any) -> int:
-    if (number := _positive(value)) != int(number):
+def _whole(value: Any, thousand: float = 1000) -> int:
+    if (number := _positive(value, thousand)) != int(number):
         raise ValueError("is no whole number")
     return int(number)
 
 
+def _words(value: Any) -> str:
+    """Of recomputation: true and false, or modules, or in somebody's own words."""
+    if isinstance(value, bool):
+        return "full" if value else "none"
+    if isinstance(value, list):
+        return ", ".join(sorted(map(str, value))) or "none"
+    return str(value)
+
+
 def _stage(value: Any) -> int:
+    """A number, or as in ZeRO-3."""
+    if isinstance(value, str) and (match := re.fullmatch(r"(?:zero|stage|[-_ ])*([0-3])", value.strip().lower())):
+        return int(match[1])
     if (number := _number(value)) not in (0, 1, 2, 3):
         raise ValueError("is none of the stages 0 to 3")
     return int(number)

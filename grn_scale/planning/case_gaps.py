@@ -19,11 +19,11 @@ GAPS: Mapping[str, tuple[str, ...]] = {
 """Name -> fields that are taken away together."""
 
 
-def errors_without(cases: Sequence[Mapping[str, Any]], reached: Efficiencies) -> dict[str, dict[str, float]]:
-    """Name of a gap -> case -> predicted / published - 1, as speed, for the cases that state one of its fields."""
+def errors_without(cases: Sequence[Mapping[str, Any]], reached: Efficiencies) -> dict[str, list[float]]:
+    """Name of a gap -> predicted / published - 1, as speed, of the cases that state one of its fields."""
     found = {}
     for name, fields in GAPS.items():
         stating = [case for case in cases if not fields or any(case.get(field) is not None for field in fields)]
         chosen = judged([{**case, **dict.fromkeys(fields)} for case in stating], reached)
-        found[name] = {case: math.expm1(error) for case, error in errors(chosen, reached).items()}
+        found[name] = [math.expm1(error) for error in errors(chosen, reached)]
     return found

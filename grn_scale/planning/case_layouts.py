@@ -10,7 +10,7 @@ from itertools import product
 from typing import Any
 
 from grn_scale.planning import case_text
-from grn_scale.planning.layout import Layout, Software
+from grn_scale.planning.layout import Layout, Software, goes_into
 from grn_scale.planning.memory import loss_bytes
 from grn_scale.planning.shape import Shape
 
@@ -24,7 +24,7 @@ ONE_SEQUENCE = 262144
 LARGE_LOSS = 0.8
 """Of a GPU's memory: a loss that would take more is taken for computed piece by piece."""
 BATCH_TOKENS = 4e6
-"""Of a step with a pipeline, where the batch is not stated: GPT-3's 3.2 and Llama 2's 4 million."""
+"""Of a step that may have a pipeline, where the batch is not stated: GPT-3's 3.2 and Llama 2's 4 million."""
 CHUNK_LAYERS = 2
 """Of a chunk at least, where interleaving is not stated and stages divide so: MegaScale (arXiv 2402.15627) and
 Megatron-Bridge's recipes. Else chunks have one layer, as Megatron-LM's 530B has (arXiv 2205.05198, table 3)."""
@@ -40,19 +40,17 @@ def layouts(case: Mapping[str, Any], shape: Shape, chosen: Software, text: str,
     gpus = case["n_gpus"]
     offload = "offload" in text
     ulysses = bool(case.get("ulysses")) or "ulysses" in text
-    sharding = case_text.sharding(case)
-    fsdp = "fsdp" in sharding
-    zero = case.get("zero_stage")
-    if zero is None:
-        whole = sharding == "zero-3" or (fsdp and "zero-1" not in sharding)
-        zero = 3 if whole else 0 if chosen.attention == "unfused" else 1
+    fsdp = "fsdp" in case_text.sharding(case)
+    zero, _ = case_text.zero_stage(case, chosen.attention == "unfused")
     stated = case_text.recompute(case.get("recompute"))
     kinds = [stated] if stated else [("none", 1.0), ("full", 1.0)] + [("full", share) for share in SHARES if not fsdp]
-    for tp, pp, cp in _splits(case, shape, gpus, zero == 3):
+    splits = list(_splits(case, shape, gpus, zero == 3))
+    pipelined = any(pp > 1 for _, pp, _ in splits)
+    for tp, pp, cp in splits:
         dp = max(1, gpus // (tp * pp * cp))
         vpp = case.get("vpp") or _chunks(shape, pp, zero == 3, text)
         sp = bool(tp > 1 and chosen.attention != "unfused") if case.get("sp") is None else bool(case["sp"])
-        for micro, batch in _batches(case, dp, pp, zero == 3, shape.sequence):
+        for micro, batch in _batches(case, dp, pp, zero == 3, pipelined, shape.sequence):
             for kind, share in kinds:
                 layout = Layout(tp, sp, pp, vpp, cp, ulysses, dp, zero, fsdp, kind, share, micro, batch,
                                 offload_optimizer=bool(re.search("optimizer (states )?offload", text))
@@ -70,7 +68,8 @@ def _splits(case: Mapping[str, Any], shape: Shape, gpus: int, sharded: bool) -> 
     sharded = sharded and case.get("dp") in (None, gpus // (context or 1))
     tps = [case["tp"]] if case.get("tp") else [1] if sharded else [
         each for each in (1, 2, 4, 8) if shape.heads % each == 0]
-    pps = [case["pp"]] if case.get("pp") else [1] if sharded else _divisors(shape.layers, 64)
+    pps = [case["pp"]] if case.get("pp") else [1] if sharded else [
+        each for each in range(1, 65) if goes_into(shape.layers, each)]
     cps = [context] if context else _divisors(gpus, 64) if shape.sequence >= LONG_SEQUENCE else [1]
     whole = [(tp, pp, cp) for tp, pp, cp in product(tps, pps, cps) if gpus % (tp * pp * cp) == 0]
     if not context and case.get("global_batch") is None and shape.sequence >= ONE_SEQUENCE:
@@ -95,9 +94,9 @@ def _chunks(shape: Shape, pp: int, gathered: bool, text: str) -> int:
     return stage // smallest  # chunks are of one size
 
 
-def _batches(case: Mapping[str, Any], dp: int, pp: int, gathered: bool,
+def _batches(case: Mapping[str, Any], dp: int, pp: int, gathered: bool, pipelined: bool,
              sequence: int) -> Iterator[tuple[int, int]]:
-    """Pairs of micro-batch and global batch."""
+    """Pairs of micro-batch and global batch; pipelined: there may be a pipeline, so that the batch is a large one."""
     micro, batch = case.get("micro_batch"), case.get("global_batch")
     if micro is None and batch is not None and pp > 1 and gathered:
         micro = max(1, batch // dp // pp)  # torchtitan cuts a rank's batch into as many as there are stages
@@ -106,5 +105,5 @@ def _batches(case: Mapping[str, Any], dp: int, pp: int, gathered: bool,
              if batch is None or (batch % (each * dp) == 0 if even else each * dp <= batch)]
     micros = [micro] if micro else tuned if sequence < LONG_SEQUENCE and tuned else [1]
     for each in micros:
-        many = max(pp, round(BATCH_TOKENS / (sequence * each * dp))) if pp > 1 else 1
+        many = max(pp, round(BATCH_TOKENS / (sequence * each * dp))) if pipelined else 1
         yield each, batch or each * dp * many

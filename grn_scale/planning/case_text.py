@@ -22,26 +22,62 @@ HIDING = (2024, 3)
 Transformer Engine, and so on Hopper, it did before."""
 
 
+_NOT = re.compile(r"(none|no|not|off|false|disabled?|without)\b|0$")
+"""How a text begins that says that nothing is recomputed."""
+
+
 def words(case: Mapping[str, Any]) -> str:
     """All free text of a case, in small letters."""
     return " ".join(str(case.get(field) or "") for field in ("source", "name", "notes", "sharding", "precision",
                                                               "recompute")).lower()
 
 
-def precision(case: Mapping[str, Any]) -> str:
-    """The precision in small letters: where it is not stated, FP8 if the name says so."""
-    return str(case.get("precision") or ("fp8" if "fp8" in str(case.get("name")).lower() else "")).lower()
+def precision(case: Mapping[str, Any]) -> tuple[str, str | None]:
+    """The precision in small letters, and what is assumed: FP8 where only the name says so, bf16 where nothing does and
+    for what the model does not have."""
+    stated = str(case.get("precision") or "").lower()
+    if not stated:
+        named = "fp8" in str(case.get("name")).lower()
+        return ("fp8", "fp8: the name says it") if named else ("", "bf16: not stated")
+    if "fp4" in stated:
+        return stated, f"fp8: the model has no {stated!r}"
+    if re.match("fp32|tf32|float32", stated):
+        return stated, f"bf16: the model has no {stated!r}"
+    return stated, None
 
 
 def sharding(case: Mapping[str, Any]) -> str:
-    """The sharding in small letters: where neither it nor the stage is stated, what name and program (torchtitan and
-    llm-foundry shard by FSDP) tell."""
+    """The sharding in small letters, ZeRO's stages as "zero-3" and all names of FSDP as "fsdp": where neither it nor
+    the stage is stated, what name and program (torchtitan and llm-foundry shard by FSDP) tell."""
     if case.get("sharding") or case.get("zero_stage") is not None:
-        return str(case.get("sharding") or "").lower()
+        plain = re.sub(r"zero[- _]?(?:stage[- _]?)?([0-3])", r"zero-\1", str(case.get("sharding") or "").lower())
+        return re.sub(r"\bhsdp|fully[- ]sharded(?: data[- ]parallel(?:ism)?)?", "fsdp", plain)
     said = f"{case.get('name')} {case.get('source')}".lower()
     if any(word in said for word in ("fsdp", "torchtitan", "llm-foundry")):
         return "fsdp"
     return "zero-3" if re.search("zero-?3", str(case.get("name")).lower()) else ""
+
+
+def zero_stage(case: Mapping[str, Any], old: bool) -> tuple[int, str | None]:
+    """The ZeRO stage, and the reason where no field states it."""
+    if case.get("zero_stage") is not None:
+        return case["zero_stage"], None
+    said = sharding(case)
+    if match := re.search("zero-([0-3])", said):
+        return int(match[1]), f"the sharding is {said!r}"
+    if "fsdp" in said:
+        return 3, "FSDP shards everything"
+    return (0, "not stated: no ZeRO before 2023") if old else (1, "not stated: a distributed optimizer since 2023")
+
+
+def not_modelled(case: Mapping[str, Any]) -> str | None:
+    """What the case's words say that the model does not have and predicts as dense."""
+    text = words(case)
+    found = [name for name, pattern in (
+        ("a mixture of experts", r"\bmoe\b|mixture[- ]of[- ]experts|\bexperts?\b"),
+        ("attention in windows", r"sliding[- ]window|window(ed)? attention|local attention|neighborhood attention")) if
+        re.search(pattern, text)]
+    return f"dense: {' and '.join(found)} is not modelled" if found else None
 
 
 def published_in(case: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -68,11 +104,11 @@ def own_hardware(gpu: Gpu, text: str) -> tuple[Gpu, float | None, list[str]]:
 
 def software(case: Mapping[str, Any], gpu: Gpu) -> tuple[Software, str]:
     """The software that a case's words, precision and date let one assume, and why."""
-    text, date, number = words(case), published_in(case), precision(case)
+    text, date, number = words(case), published_in(case), precision(case)[0]
     old = (date is not None and date < FLASH) or "no flash" in text or number.startswith("fp16")
     old = old and gpu.architecture == "ampere"
     sharded = sharding(case)
-    zero3 = case.get("zero_stage") == 3 or sharded == "zero-3"
+    zero3 = zero_stage(case, old)[0] == 3
     flat = "fsdp" in sharded  # gathers the weights of whole layers, where DeepSpeed gathered tensor by tensor
     if old:
         return Software("unfused", overlap=False, fused=True, old_zero3=zero3 and not flat, dropout=True,
@@ -94,25 +130,27 @@ def software(case: Mapping[str, Any], gpu: Gpu) -> tuple[Software, str]:
     eager = ("fsdp" in text or sharded == "fsdp") and not re.search("compile|asynctp|te kernels|fp8|megatron", own)
     wanted = "fp8" in number or "fp4" in number
     fp8 = wanted and gpu.fp8 is not None
-    chosen = Software(kernel, fp8, not eager, overlap, torch_ring=torch,
+    diffusion = case.get("causal") is False and not re.search(r"\b(bert|encoder|vit|masked language|mlm)\b", text)
+    chosen = Software(kernel, fp8, not eager, overlap, diffusion=diffusion, torch_ring=torch,
                       encodes="videos/s" in str(case.get("value_origin")),
                       gradient_bytes=2 if "deepspeed" in text or (fp8 and not zero3) else 4)
     return chosen, (f"{kernel} attention, {'eager' if eager else 'fused'} elementwise kernels, communication "
                     f"{'overlapped' if overlap else 'exposed'}"
+                    + ("; a diffusion program, since attention is not causal" if diffusion else "")
                     + (f"; bf16: {gpu.name} has no FP8" if wanted and not fp8 else ""))
 
 
 def recompute(text: str | None) -> tuple[str, float] | None:
     """Kind and share of the layers that a case's `recompute` says; None where it says nothing."""
-    low = (text or "").lower()
+    low = (text or "").lower().strip()
     if not low:
         return None
+    if _NOT.match(low):
+        return "none", 1.0
     if match := re.search(r"(\d+(?:\.\d+)?) ?%", low):
         return "full", float(match[1]) / 100
-    if low.startswith(("none", "no ")):
-        return "none", 1.0
-    if "per-op" in low:
+    if "per-op" in low or re.fullmatch("mlp|moe_act|mlp, core_attn|core_attn, mlp", low):
         return "operators", 1.0
     if "norm" in low:
         return "none", 1.0
-    return ("selective" if low.startswith("selective") else "full"), 1.0
+    return ("selective" if low.startswith(("selective", "core_attn", "attention core")) else "full"), 1.0

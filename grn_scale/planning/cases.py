@@ -15,14 +15,12 @@ from grn_scale.planning import case_text
 from grn_scale.planning.case_file import UNREAD
 from grn_scale.planning.case_gpu import case_gpu
 from grn_scale.planning.case_layouts import CHUNK_LAYERS, layouts
+from grn_scale.planning.flops import counted, read_convention
 from grn_scale.planning.hardware import Efficiencies
 from grn_scale.planning.layout import Layout, Software
 from grn_scale.planning.memory import GIB, memory
 from grn_scale.planning.shape import Shape, complete, gpt3_size
 from grn_scale.planning.step_time import Machine, step_time
-
-FILLS = 0.97
-"""Of a GPU's memory, what a chosen setting may take."""
 
 
 class NotJudged(Exception):
@@ -48,19 +46,22 @@ def complete_case(case: Mapping[str, Any], reached: Efficiencies) -> Case:
     text = case_text.words(case)
     machine = _machine(case, reached, text, assumed)
     shape = _shape(case, text, assumed)
-    case = _gpus(case, assumed)
+    case = _batch(_gpus(case, assumed), shape, machine, assumed)
     chosen, why = case_text.software(case, machine.gpu)
     assumed["software"] = why
+    for field, reason in (("precision", case_text.precision(case)[1]), ("model", case_text.not_modelled(case))):
+        if reason:
+            assumed[field] = reason
     found = None
     for layout in layouts(case, shape, chosen, text, machine.gpu.memory_gib * GIB):
         held = memory(shape, layout, chosen).total
-        over = max(0.0, held / (FILLS * machine.gpu.memory_gib * GIB) - 1)
+        over = max(0.0, held / (reached.filled * machine.gpu.memory_gib * GIB) - 1)
         seconds = step_time(shape, layout, chosen, machine).total / layout.global_batch
         if found is None or (over, seconds) < found[0]:
             found = (over, seconds), layout
     assert found is not None  # there is always one layout at least
     (over, _), layout = found
-    _name_layout(case, layout, over, assumed)
+    _name_layout(case, layout, over, chosen.attention == "unfused", assumed)
     for field, reason in (case.get(UNREAD) or {}).items():
         assumed[field] = f"{assumed.get(field, 'not stated')}; in the file {reason}"
     return Case(case["name"], shape, layout, chosen, machine, assumed)
@@ -86,6 +87,24 @@ def _gpus(case: Mapping[str, Any], assumed: dict[str, str]) -> Mapping[str, Any]
     gpus = case["dp"] * (case.get("tp") or 1) * (case.get("pp") or 1) * (context or 1)
     assumed["n_gpus"] = f"{gpus}: the product of the degrees"
     return {**case, "n_gpus": gpus}
+
+
+def _batch(case: Mapping[str, Any], shape: Shape, machine: Machine, assumed: dict[str, str]) -> Mapping[str, Any]:
+    """The case with the global batch that its published rate and seconds make, where it does not state one."""
+    seconds = case.get("step_time_s")
+    if case.get("global_batch") is not None or seconds is None:
+        return case
+    if case.get("tokens_per_s_per_gpu"):
+        sequences = case["tokens_per_s_per_gpu"] / shape.sequence
+    else:
+        rate, share = case.get("measured_tflops_per_gpu"), case.get("mfu")
+        convention, _ = read_convention(case.get("flops_convention"), rate is not None)
+        if convention.hardware or not (rate or share):
+            return case
+        sequences = (rate * 1e12 if rate else share * machine.gpu.bf16) / counted(shape, convention)
+    batch = max(1, round(sequences * seconds * case["n_gpus"]))
+    assumed["global_batch"] = f"{batch}: what the published rate does in the published seconds"
+    return {**case, "global_batch": batch}
 
 
 def _shape(case: Mapping[str, Any], text: str, assumed: dict[str, str]) -> Shape:
@@ -126,8 +145,8 @@ def _shape(case: Mapping[str, Any], text: str, assumed: dict[str, str]) -> Shape
     return shape
 
 
-def _name_layout(case: Mapping[str, Any], layout: Layout, over: float, assumed: dict[str, str]) -> None:
-    """Enter what the layout has and the case does not state."""
+def _name_layout(case: Mapping[str, Any], layout: Layout, over: float, old: bool, assumed: dict[str, str]) -> None:
+    """Enter what the layout has and the case does not state; old: the software is of before 2023."""
     tuned = "not stated: the fastest that fits"
     if over:
         tuned = f"not stated: what comes nearest to fitting ({over:.0%} too much)"
@@ -149,9 +168,9 @@ def _name_layout(case: Mapping[str, Any], layout: Layout, over: float, assumed: 
     if case.get("global_batch") is None:
         assumed["global_batch"] = (f"{layout.global_batch}: not stated: {layout.micro_batches} micro-batches for each "
                                    "data-parallel rank")
-    if case.get("zero_stage") is None:
-        assumed["zero_stage"] = (f"{layout.zero}: not stated: 3 with FSDP, a distributed optimizer (1) since 2023, "
-                                 "0 before")
+    zero, reason = case_text.zero_stage(case, old)
+    if reason:
+        assumed["zero_stage"] = f"{zero}: {reason}"
     if case.get("dp") not in (None, layout.dp):
         assumed["dp"] = f"{layout.dp}: {case['dp']} does not go with {case['n_gpus']} GPUs"
     if layout.gpus != case["n_gpus"]:

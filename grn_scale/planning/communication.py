@@ -29,6 +29,8 @@ class Group:
     """Bytes a second that one rank sends to others, of another node where there are several."""
     inside_latency: float
     outside_latency: float
+    tree: float
+    """Of `bandwidth`, what trees reach."""
 
     @property
     def nodes(self) -> int:
@@ -58,7 +60,7 @@ class Group:
         if self.ranks == 1:
             return 0.0
         ring = 2 * size * (self.ranks - 1) / self.ranks / self.bandwidth + 2 * self.ring_latency
-        tree = 2 * size / (0.8 * self.bandwidth) + 2 * self.tree_latency
+        tree = 2 * size / (self.tree * self.bandwidth) + 2 * self.tree_latency
         return min(ring, tree)
 
     def all_to_all(self, size: float) -> float:
@@ -81,6 +83,6 @@ def group(gpu: Gpu, reached: Efficiencies, ranks: int, stride: int) -> Group:
     inside = gpu.nvlink * reached.nvlink
     card = gpu.nic * reached.nic
     members = max(1, min(ranks, gpu.domain // stride)) if stride <= gpu.domain else 1
-    if ranks <= members:
-        return Group(ranks, ranks, inside, inside, inside, reached.nvlink_latency, reached.nic_latency)
-    return Group(ranks, members, min(inside, members * card), inside, card, reached.nvlink_latency, reached.nic_latency)
+    bandwidth, direct = (inside, inside) if ranks <= members else (min(inside, members * card), card)
+    return Group(ranks, min(ranks, members), bandwidth, inside, direct, reached.nvlink_latency, reached.nic_latency,
+                 reached.tree)

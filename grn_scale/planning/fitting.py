@@ -19,13 +19,27 @@ from grn_scale.planning.cases import Case, NotJudged, complete_case
 from grn_scale.planning.hardware import Efficiencies, with_values
 from grn_scale.planning.validate import throughput, throughput_field
 
-START = {
-    "matmul.ampere_bf16": 0.80, "matmul.hopper_bf16": 0.70, "matmul.hopper_fp8": 0.60, "matmul.blackwell_bf16": 0.68,
-    "attention.hopper_fa1": 0.19, "elementwise_fused": 1.0, "elementwise_eager": 2.0, "leak": 0.15,
-    "leak_gradients": 0.1, "exposed_tensor": 0.35, "straggler": 0.01, "old_zero3": 0.12, "old_zero3_leak": 0.3,
-    "torch_ring": 1.5, "encoded_tokens": 10000.0, "step_seconds": 0.05, "diffusion": 1.2,
+START: dict[str, tuple[float, str]] = {
+    "matmul.ampere_bf16": (0.80, "share of the peak that large matrix products reach"),
+    "matmul.hopper_bf16": (0.70, "the same"),
+    "matmul.hopper_fp8": (0.60, "the same, of the FP8 peak"),
+    "matmul.blackwell_bf16": (0.68, "the same"),
+    "attention.hopper_fa1": (0.19, "share of the bf16 peak that FlashAttention-1 reaches, both directions"),
+    "elementwise_fused": (1.0, "passes over activations of fused kernels, relative to those counted"),
+    "elementwise_eager": (2.0, "the same without a compiler or hand-written kernels"),
+    "leak": (0.15, "of the shorter of computation and communication beside each other, the share that adds"),
+    "leak_gradients": (0.1, "the same of the exchange of gradients and weights once a step"),
+    "exposed_tensor": (0.35, "share of tensor and pipeline parallel communication that overlap leaves exposed"),
+    "straggler": (0.01, "share of a step that is added for each doubling of the nodes"),
+    "old_zero3": (0.12, "share of the network that DeepSpeed's ZeRO-3 of before 2023 reached"),
+    "old_zero3_leak": (0.3, "leak of that"),
+    "torch_ring": (1.5, "times that attention takes under PyTorch's own context parallelism"),
+    "encoded_tokens": (10000.0, "tokens a second that a GPU encodes where videos are encoded in the loop"),
+    "step_seconds": (0.05, "seconds of every step: reading data, norm of the gradient, logging"),
+    "diffusion": (1.2, "times that products and attention of image and video diffusion programs take"),
 }
-"""What is fitted, and where it starts: shares of a peak as those who tuned kernels report them, the rest by reason."""
+"""What is fitted: where it starts (shares of a peak as those who tuned kernels report them, the rest by reason), and
+what it is."""
 HOLD = 0.3
 """Standard deviation of the logarithm of an efficiency around its start."""
 NOISE = 0.08
@@ -52,18 +66,18 @@ def judged(cases: Sequence[Mapping[str, Any]], reached: Efficiencies) -> Judged:
     return found
 
 
-def errors(chosen: Judged, reached: Efficiencies) -> dict[str, float]:
-    """Name -> logarithm of predicted over published throughput, as speed, with other efficiencies."""
-    found = {}
+def errors(chosen: Judged, reached: Efficiencies) -> list[float]:
+    """Of each case the logarithm of predicted over published throughput, as speed, with other efficiencies."""
+    found = []
     for case, field, done in chosen:
         row = throughput(case, field, replace(done, machine=replace(done.machine, reached=reached)))
-        found[case["name"]] = (-1 if field == "step_time_s" else 1) * float(np.log1p(row["error"]))
+        found.append((-1 if field == "step_time_s" else 1) * float(np.log1p(row["error"])))
     return found
 
 
 def fit(cases: Sequence[Mapping[str, Any]], reached: Efficiencies) -> dict[str, float]:
     """Name -> fitted value of what START names. In each round, what a case does not state is chosen anew."""
-    names, start = list(START), np.log(list(START.values()))
+    names, start = list(START), np.log([start for start, _ in START.values()])
     point = start.copy()
 
     def at(where: np.ndarray) -> Efficiencies:
@@ -71,33 +85,33 @@ def fit(cases: Sequence[Mapping[str, Any]], reached: Efficiencies) -> dict[str, 
 
     for _ in range(ROUNDS):
         chosen = judged(cases, at(point))
-        here = np.array(list(errors(chosen, at(point)).values())) / NOISE
+        here = np.array(errors(chosen, at(point))) / NOISE
         weight = np.sqrt(np.minimum(1.0, HUBER / np.maximum(np.abs(here), 1e-9)))
         slopes = np.empty((len(here), len(names)))
         for number in range(len(names)):
             moved = point.copy()
             moved[number] += STEP
-            slopes[:, number] = (np.array(list(errors(chosen, at(moved)).values())) / NOISE - here) / STEP
+            slopes[:, number] = (np.array(errors(chosen, at(moved))) / NOISE - here) / STEP
         rows = np.vstack([slopes * weight[:, None], np.eye(len(names)) / HOLD])
         right = np.concatenate([here * weight, (point - start) / HOLD])
         point = point - np.clip(np.linalg.lstsq(rows, right, rcond=None)[0], -LARGEST_STEP, LARGEST_STEP)
     return {name: float(value) for name, value in zip(names, np.exp(point), strict=True)}
 
 
-def leave_one_source_out(cases: Sequence[Mapping[str, Any]], reached: Efficiencies) -> dict[str, dict[str, float]]:
-    """Source -> name -> predicted / published - 1, as speed, with efficiencies fitted on all other sources."""
+def leave_one_source_out(cases: Sequence[Mapping[str, Any]], reached: Efficiencies) -> dict[str, list[float]]:
+    """Source -> predicted / published - 1 of its cases, as speed, with efficiencies fitted on all other sources."""
     found = {}
     for source in dict.fromkeys(str(case.get("source")) for case in cases):
         mine = [case for case in cases if str(case.get("source")) == source]
         rest = [case for case in cases if str(case.get("source")) != source]
         values = with_values(reached, fit(rest, reached))
         if chosen := judged(mine, values):
-            found[source] = {name: float(np.expm1(error)) for name, error in errors(chosen, values).items()}
+            found[source] = [float(np.expm1(error)) for error in errors(chosen, values)]
     return found
 
 
 def fitted_file(values: Mapping[str, float], names: Sequence[str]) -> str:
     """The text of configs/planner/fitted.yaml: fitted values, and the names of the cases that they were fitted on."""
     said = "# Written by `grn-scale plan validate --fit`: fitted on published runs. docs/planner.md says how."
-    lines = [said, "values:", *(f"  {name}: {value:.4f}" for name, value in values.items())]
+    lines = [said, "values:", *(f"  {f'{name}: {value:.4f}':<32}# {START[name][1]}" for name, value in values.items())]
     return "\n".join([*lines, "fitted_on:", *(f"  - {name}" for name in names)]) + "\n"

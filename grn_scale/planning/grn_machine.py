@@ -54,6 +54,11 @@ class Machine:
         return int(self.gpu.memory_gib * GIB)
 
     @property
+    def limit(self) -> int:
+        """Bytes of a GPU that a plan may fill."""
+        return int(self.memory * self.reached.filled)
+
+    @property
     def reach(self) -> int:
         """Neighbouring ranks that NVLink joins: those of a node, or of a rack."""
         return self.gpu.domain if self.gpu.domain > MOST_IN_A_NODE else self.gpus_per_node
@@ -69,6 +74,9 @@ class Machine:
         forward, backward = (rate / 1e12 for rate in self.attention)
         return [f"{sheet.name} of {sheet.memory_gib:g} GiB: in bf16 matrix products reach {self.matmul / 1e12:.3g} "
                 f"TFLOP/s{peak}, attention {forward:.3g} forward and {backward:.3g} backward ({self.rates_from})",
+                *([f"those are rates of language models' programs; published image and video programs took "
+                   f"{self.reached.diffusion:.2f} times as long for products and attention: `grn-scale bench gpu` "
+                   "measures what yours reach"] if peak else []),
                 *self._links()]
 
     def _links(self) -> list[str]:
@@ -80,16 +88,22 @@ class Machine:
                 "that wait for each other"]
 
 
-def find_machine(config: Config, gpu: str, nodes: int, gpus_per_node: int) -> Machine:
+def with_network(sheet: Gpu, network: float | None) -> Gpu:
+    """The GPU with a site's bytes a second to other nodes in place of what is usual for it."""
+    return replace(sheet, nic=network) if network else sheet
+
+
+def find_machine(config: Config, gpu: str, nodes: int, gpus_per_node: int, network: float | None = None) -> Machine:
     """The machine of GPUs of that name, with the kernels of the configuration; ConfigError where nobody knows it.
 
-    `gpu` may also be a file that `grn-scale bench gpu --hardware FILE.yaml` measured.
+    gpu: may also be a file that `grn-scale bench gpu --hardware FILE.yaml` measured, network and all; network: bytes a
+    second of a GPU to other nodes (None: what is usual for it).
     """
     if gpu.endswith(".yaml"):
         from grn_scale.planning.measured import measured_machine
 
         return measured_machine(Path(gpu), nodes, gpus_per_node)
-    sheet, reached = find_gpu(gpu), load_efficiencies()
+    sheet, reached = with_network(find_gpu(gpu), network), load_efficiencies()
     forward, backward = reached.attention[_attention(config.kernels.attention, sheet, tuple(reached.attention))]
     eager = config.kernels.compile == "never"
     return Machine(

@@ -15,6 +15,7 @@ from grn_scale.planning.grn_budget import TEXT_ENCODER
 from grn_scale.planning.grn_machine import Machine
 from grn_scale.planning.grn_pack import typical_pack
 from grn_scale.planning.grn_parameters import stage_chunks
+from grn_scale.planning.step_time import KERNELS
 
 BOTH = 3
 """FLOPs of a matrix product with its two gradients over those of the product."""
@@ -24,8 +25,6 @@ ADAMW_BYTES = 38
 """Of an owned element: fp32 gradient read; master, two moments and average read and written; bf16 weight written."""
 WHOLE_GRADIENT_BYTES = 32
 """Of each fp32 gradient with ZeRO-1 in bf16: flat copy and back, norm, clipping, clearing."""
-HOST_UPDATE = 10e9
-"""Bytes a second at which a process's share of the host's cores updates fp32 state in memory."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,8 @@ def step_time(config: Config, machine: Machine) -> StepTime:
     zero, hidden_zero = rank.zero(weights, replicas, micro_batches, computing)
     hidden = {"tensor": micro_batches * rank.hidden_tensor(stage_layers(config)), "ZeRO": hidden_zero}
     parts |= {"ZeRO": zero, "optimizer": rank.optimizer(weights, replicas),
-              "text encoder": rank.text_encoder(micro_batches), "data": 0.0}
+              "text encoder": rank.text_encoder(micro_batches), "data": 0.0,
+              "fixed, of every step": machine.reached.step_seconds}
     parts["beside each other"] = machine.leak * min(sum(hidden.values()), computing)
     parts["waiting"] = machine.waiting * sum(parts.values())
     pack = typical_pack(config)
@@ -146,14 +146,16 @@ class _Rank:
         return flops / parallel.context / self.fp32
 
     def _elementwise(self) -> float:
-        """A layer's norms, residuals, rotation and SwiGLU: reads and writes of rows, backward twice as many."""
+        """A layer's norms, residuals, rotation and SwiGLU: reads and writes of rows, backward twice as many, and
+        what it takes to start kernels, of which small layers consist."""
         parallel, model = self.config.parallel, self.config.model
         between = self.rows / (parallel.tensor if self.split else 1)
         inside = self.rows / parallel.tensor
         inner = inside * model.ffn_hidden_size / model.hidden_size
         # two norms and two sums; norms, rotation and joining of heads; gate and up to their product
         moved = BOTH * (10 * between + 10 * inside + 3 * inner)
-        return self.machine.elementwise * moved / self.machine.bandwidth
+        launches = (BOTH + self.full) * KERNELS * self.machine.reached.kernel_latency
+        return self.machine.elementwise * (moved / self.machine.bandwidth + launches)
 
     def _tensor(self) -> float:
         """Exposed: all-gather before and reduce-scatter after attention and MLP, and backward the gathering of their
@@ -208,9 +210,14 @@ class _Rank:
         zero, bandwidth = self.config.zero, self.machine.bandwidth
         own = weights / (replicas if zero.stage else 1)
         if zero.offload_optimizer:
-            return own * ((4 + self.width) / self.machine.gpu.host + ADAMW_BYTES / HOST_UPDATE)
+            return own * ((4 + self.width) / self.machine.gpu.host + ADAMW_BYTES / self._host_rate())
         whole = weights * WHOLE_GRADIENT_BYTES if zero.stage <= 1 else 8 * own
         return (own * ADAMW_BYTES + whole) / bandwidth
+
+    def _host_rate(self) -> float:
+        """Bytes a second at which a process updates fp32 state in the host's memory, beside the others of its node."""
+        reached = self.machine.reached
+        return min(reached.host_process, reached.host_node / self.machine.gpus_per_node)
 
     def text_encoder(self, micro_batches: int) -> float:
         """Where it runs in training: captions are shared out among the ranks that read the same packs."""

@@ -56,6 +56,13 @@ class Efficiencies:
     nvlink_latency: float
     nic_latency: float
     kernel_latency: float
+    unfused_attention: float
+    short_attention: float
+    narrow_heads: float
+    tree: float
+    fragmentation: float
+    operators_kept: float
+    filled: float
     host_process: float
     host_node: float
     elementwise_fused: float

@@ -8,6 +8,15 @@ from dataclasses import dataclass
 from grn_scale.errors import ConfigError
 from grn_scale.planning.shape import Shape
 
+SHORT = 2
+"""Layers that the pipeline may lack: its first and last stage have one less for embedding and head (Llama 3, arXiv
+2407.21783, section 3.3.2, has 126 on 16 stages)."""
+
+
+def goes_into(layers: int, chunks: int) -> bool:
+    """Whether a pipeline of so many chunks takes the layers."""
+    return chunks <= layers and -layers % chunks <= SHORT
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -81,6 +90,8 @@ class Software:
     old_zero3: bool = False
     """ZeRO-3 of 2021, which reached a small part of the network."""
     dropout: bool = False
+    diffusion: bool = False
+    """An image or video diffusion transformer: the noise level modulates each layer, and programs reach less."""
     torch_ring: bool = False
     """Context parallelism is PyTorch's own."""
     encodes: bool = False

@@ -10,20 +10,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
+from grn_scale.planning.hardware import load_efficiencies
 from grn_scale.planning.layout import Layout, Software
 from grn_scale.planning.pipeline import held
 from grn_scale.planning.shape import Shape
 
 GIB = 1 << 30
-OPERATORS_KEPT = 0.42
-"""Of a layer's activations, what stays where every second matrix product and all elementwise work is done again.
-Set by hand on torchtitan-8B-8gpu-fsdp-compile-fp8 and torchtitan-8B-128gpu-fsdp-compile."""
 LOSS_BYTES = {"torch": 12, "megatron": 6}
 """Of a logit. PyTorch: in bf16, in fp32, as logarithm of its probability, and the gradient in bf16. Megatron's
 vocabulary-parallel loss: in bf16, and in fp32, which the gradient overwrites. Chosen on torchtitan-8B-8gpu-fsdp8-cp1
 and fpdt-llama3-8B-ul-z3."""
-FRAGMENTATION = 0.06
-"""Of everything else, what the allocator keeps beside it: set by hand on the torchtitan cases."""
 TILE = 16
 """Pieces of a tiled MLP and loss, at least."""
 
@@ -49,13 +45,13 @@ class Memory:
     @property
     def total(self) -> float:
         """Peak of what is in use, and what lies unused between it. The loss and a layer do not run at the same time."""
-        return (1 + FRAGMENTATION) * (self._all - min(self.running, self.loss))
+        return (1 + load_efficiencies().fragmentation) * (self._all - min(self.running, self.loss))
 
     @property
     def reserved(self) -> float:
         """Peak of what PyTorch's allocator has taken from the device: it keeps the blocks of loss and layers, which are
         of different sizes, side by side."""
-        return (1 + FRAGMENTATION) * self._all
+        return (1 + load_efficiencies().fragmentation) * self._all
 
     @property
     def _all(self) -> float:
@@ -88,7 +84,7 @@ def kept(shape: Shape, layout: Layout, software: Software) -> float:
     whole = layer_activations(shape, layout, software)
     scores = attention_scores(shape, layout) if software.attention == "unfused" else 0.0
     sequence_cut = layout.tp if layout.sp else 1
-    less = {"none": whole + scores, "selective": whole, "operators": whole * OPERATORS_KEPT,
+    less = {"none": whole + scores, "selective": whole, "operators": whole * load_efficiencies().operators_kept,
             "full": 0.0 if layout.offload_activations else 2 * shape.hidden / sequence_cut}[layout.recompute]
     return layout.recompute_share * less + (1 - layout.recompute_share) * (whole + scores)
 

@@ -24,8 +24,6 @@ UNFUSED_SCORE_BYTES = (14, 22)
 """Of one score, forward and backward: products, masked softmax and dropout each read and write it in 16 bits."""
 OPTIMIZER_BYTES = 34
 """Of an owned parameter: gradient and its norm, master and two moments read; those and the weight written."""
-SHORT_ATTENTION = 600
-"""Tokens at which fused attention reaches half of what it does on long sequences (arXiv 2307.08691, figures 4 to 7)."""
 LOSS_BYTES = 52
 """Of a logit that loss and gradient read and write in fp32, in Megatron-LM's vocabulary-parallel cross entropy: cast,
 maximum, difference, exponential, sum and quotient, then the gradient and its cast."""
@@ -108,12 +106,12 @@ class Machine:
 def layer_time(shape: Shape, layout: Layout, software: Software, machine: Machine) -> Layer:
     """Seconds of one layer for one micro-batch."""
     tokens, tp, h = layout.tokens(shape), layout.tp, shape.hidden
-    slower = 1.0 if shape.causal else machine.reached.diffusion
+    slower = machine.reached.diffusion if software.diffusion else 1.0
     attention = _both(slower, _attention(shape, layout, software, machine))
     matmul = _both(slower, _matmul(shape, layout, software, machine))
 
     outside = 20 * h + (8 * h if shape.cross_attention else 0) + (6 * h if software.dropout else 0)
-    if not shape.causal:  # scale, shift and gate by the noise level, of two branches
+    if software.diffusion:  # scale, shift and gate by the noise level, of two branches
         outside += 24 * h
     inside = 8 * (h + shape.kv_width) + (6 if shape.gated else 4) * shape.ffn
     if software.fp8:  # casts: bf16 is read and two 8-bit forms are written, of each product's input
@@ -153,14 +151,14 @@ def _attention(shape: Shape, layout: Layout, software: Software, machine: Machin
     cross = 4 * sequences * shape.sequence * TEXT_TOKENS * shape.hidden / layout.cp / layout.tp * shape.cross_attention
     rate = machine.gpu.bf16 * clock(machine.gpu, machine.watts)
     if software.attention == "unfused":
-        products = 4 * pairs * shape.hidden / (0.5 * rate)
+        products = 4 * pairs * shape.hidden / (machine.reached.unfused_attention * rate)
         scores = pairs * shape.heads
         return (products + machine.move(UNFUSED_SCORE_BYTES[0] * scores),
                 2 * products + machine.move(UNFUSED_SCORE_BYTES[1] * scores))
     forward, backward = machine.reached.attention[f"{machine.gpu.architecture}_{software.attention}"]
     length = shape.sequence * half
-    long = length / (length + SHORT_ATTENTION / 2)
-    narrow = min(1.0, shape.head_size / 128) ** 0.35
+    long = length / (length + machine.reached.short_attention / 2)
+    narrow = min(1.0, shape.head_size / 128) ** machine.reached.narrow_heads
     flops = 4 * pairs * shape.hidden * half + cross
     return (flops / (rate * forward * long * narrow), BACKWARD_ATTENTION * flops / (rate * backward * long * narrow))
 

@@ -19,7 +19,7 @@ from grn_scale.planning.step_time import step_time
 
 THROUGHPUT = {"tokens_per_s_per_gpu": "tokens_per_s_per_gpu", "step_time_s": "step_time_s",
               "measured_tflops_per_gpu": "tflops_per_gpu", "mfu": "mfu", "hfu": "mfu"}
-"""Field of a case -> quantity: of those published, the first is judged."""
+"""Field of a case -> quantity, in the order in which they are judged."""
 ORDERED_CASES = 4
 """Of a source, for its order to be judged."""
 
@@ -29,7 +29,7 @@ def judge(cases: Sequence[Mapping[str, Any]], reached: Efficiencies) -> dict[str
     published, with prediction, error = predicted / published - 1, convention and assumptions, or the reason why it is
     skipped."""
     rows = [row for case in cases for row in judge_case(case, reached)]
-    return {"cases": rows, "summary": summary(rows)}
+    return {"cases": rows, "summary": summary(rows, len(cases))}
 
 
 def judge_case(case: Mapping[str, Any], reached: Efficiencies) -> list[dict[str, Any]]:
@@ -55,12 +55,8 @@ def judge_case(case: Mapping[str, Any], reached: Efficiencies) -> list[dict[str,
 
 
 def throughput_field(case: Mapping[str, Any]) -> str | None:
-    """The field of a case that is judged, None where it publishes none: seconds only as the last where the batch
-    is not stated and does not follow from the micro-batch, since they go with it and rates hardly do."""
-    published = [field for field in THROUGHPUT if case.get(field) is not None]
-    if case.get("global_batch") is None and (case.get("micro_batch") is None or (case.get("pp") or 1) > 1):
-        published.sort(key=lambda field: field == "step_time_s")
-    return next(iter(published), None)
+    """The field of a case that is judged, the first of those published; None where it publishes none."""
+    return next((field for field in THROUGHPUT if case.get(field) is not None), None)
 
 
 def throughput(case: Mapping[str, Any], field: str, done: Case) -> dict[str, Any]:
@@ -115,13 +111,13 @@ def _states(case: Mapping[str, Any], unit: float, reached: Efficiencies) -> dict
             "convention": "weights, gradients and optimizer only", "assumed": dict(assumed)}
 
 
-def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summary(rows: Sequence[Mapping[str, Any]], cases: int) -> dict[str, Any]:
     """Counts, median and 90th percentile of the absolute error for throughput and memory, and how well the order
     within each source of four cases or more is met."""
     judged = [row for row in rows if "skipped" not in row]
     memories = [row for row in judged if row["quantity"] == "memory_gb"]
     speeds = [row for row in judged if row["quantity"] != "memory_gb"]
-    return {"counts": {"cases": len({row["name"] for row in rows}), "rows": len(rows), "judged": len(judged),
+    return {"counts": {"cases": cases, "rows": len(rows), "judged": len(judged),
                        "throughput": len(speeds), "memory": len(memories), "skipped": len(rows) - len(judged)},
             **_errors(speeds), "throughput": _errors(speeds), "memory": _errors(memories), "order": _order(speeds)}
 
@@ -153,7 +149,7 @@ def spearman(left: Sequence[float], right: Sequence[float]) -> float:
     a, b = _ranks(left), _ranks(right)
     if a.std() == 0 or b.std() == 0:
         return 0.0
-    return float(np.corrcoef(a, b)[0, 1])
+    return round(float(np.corrcoef(a, b)[0, 1]), 12)  # 0.8 is 0.8
 
 
 def _ranks(values: Sequence[float]) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ BANDS = (0.15, 0.30)
 UNITS = {"tokens_per_s_per_gpu": "tokens/s a GPU", "step_time_s": "s a step", "tflops_per_gpu": "TFLOP/s a GPU",
          "mfu": "MFU", "memory_gb": "GB"}
 MARKERS = "osD^v<>pP*Xhd8"
-Errors = Mapping[str, Mapping[str, float]]
+Errors = Mapping[str, Sequence[float]]
 """Source, or what is taken away -> case -> predicted / published - 1, as speed."""
 
 
@@ -68,7 +68,7 @@ def page(document: Mapping[str, Any], picture: str, crossed: Errors, gaps: Error
              "| source | cases | median | worst | mean |", "|---|---|---|---|---|"]
     everything: list[float] = []
     for source, found in crossed.items():
-        each = np.array(list(found.values()))
+        each = np.array(found)
         everything += np.abs(each).tolist()
         lines.append(f"| {_cell(source)} | {len(each)} | {np.median(np.abs(each)):.1%} | {np.abs(each).max():.1%} | "
                      f"{each.mean():+.1%} |")
@@ -79,7 +79,7 @@ def page(document: Mapping[str, Any], picture: str, crossed: Errors, gaps: Error
               "Each field was taken from the cases that state it, and these were predicted again.", "",
               "| missing | cases | median | nine in ten | within 30 % |", "|---|---|---|---|---|"]
     for name, found in gaps.items():
-        if each := list(map(abs, found.values())):
+        if each := list(map(abs, found)):
             lines.append(f"| {name} | {len(each)} | {np.median(each):.1%} | {np.quantile(each, 0.9):.1%} | "
                          f"{np.mean(np.array(each) <= 0.3):.0%} |")
     lines += ["", "## Figures", ""]

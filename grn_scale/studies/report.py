@@ -7,15 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from grn_scale.atomic import write_bytes
-from grn_scale.config.load import load_config
-from grn_scale.config.schema import Config
 from grn_scale.errors import UserError
 from grn_scale.studies import pictures
+from grn_scale.studies.configuration import DEGREES, Settings, shape
 from grn_scale.studies.page import Heading, Items, Part, Pictures, Table, Text, markdown, page
 from grn_scale.studies.predicted import Prediction, check_hardware, predict
 from grn_scale.studies.results import MEASURED, differences
 from grn_scale.studies.study import Study
-from grn_scale.studies.study_file import StudyFile
 from grn_scale.studies.summary import CONFIDENCE, Interval, summarize
 
 Rows = Sequence[Mapping[str, Any]]
@@ -52,7 +50,8 @@ def write_report(study: Study, rows: Rows, hardware: str = "") -> list[dict[str,
 
 def _parts(study: Study, rows: Rows, lines: Rows, plans: Sequence[Prediction | str]) -> Iterator[Part]:
     yield Heading(f"Scaling study: {study.file.name}", 1)
-    yield from _opening(study, rows, lines)
+    settings = Settings.read(study)
+    yield from _opening(settings, rows, lines)
     yield from _throughput(lines)
     yield from _time(lines)
     yield from _memory(lines, plans)
@@ -65,18 +64,19 @@ def _parts(study: Study, rows: Rows, lines: Rows, plans: Sequence[Prediction | s
     missing = [(row["cell"], row["state"], row["reason"]) for row in rows if row["state"] != MEASURED]
     missing += [(f"{each['series']} on {each['size']}", "illegal", each["reason"]) for each in study.illegal]
     yield Table(("cell", "state", "reason"), missing, words=3) if missing else Text("None.")
-    yield from _configuration(study, rows)
+    yield from _configuration(settings)
+    yield from _where(rows)
     yield from _runs(rows)
 
 
-def _opening(study: Study, rows: Rows, lines: Rows) -> Iterator[Part]:
+def _opening(settings: Settings, rows: Rows, lines: Rows) -> Iterator[Part]:
     """What was asked, and what came out, for somebody who was not there."""
-    file, measured = study.file, [row for row in rows if row["state"] == MEASURED]
-    config = _first_config(study, rows)
+    study, measured = settings.study, [row for row in rows if row["state"] == MEASURED]
+    file = study.file
     best = max(lines, key=lambda line: line["throughput"].value)
     grows = ("The work of a step grows with the number of processes (weak scaling)" if file.mode == "weak" else
              "The work of a step is the same for all sizes (strong scaling)")
-    varied = f"{len(file.layouts)} layouts" if file.layouts else "one layout"
+    varied = f"{len(file.layouts)} layouts" if len(file.layouts) > 1 else "one layout"
     axes = f" and the values of {', '.join(file.axes)}" if file.axes else ""
     yield Text(f"How does training scale on {', '.join(size.label for size in file.processes)} processes? {grows}. "
                f"Compared are {varied}{axes}, with {file.repeats} run{'s' * (file.repeats > 1)} of each. "
@@ -101,27 +101,10 @@ def _opening(study: Study, rows: Rows, lines: Rows) -> Iterator[Part]:
                "size of the same series.")
 
 
-def _series(file: StudyFile) -> Iterator[Part]:
+def _series(settings: Settings) -> Iterator[Part]:
     """What the series are."""
-    alone = "nothing: data parallel alone, unless the run file says otherwise"
-    layouts = [(name, ", ".join(f"{key} = {value}" for key, value in keys.items()) or alone)
-               for name, keys in (file.layouts or {"base": {}}).items()]
-    yield Table(("series", "what it sets"), layouts, words=2)
-    if file.axes:
-        axes = [(key, ", ".join(map(str, points))) for key, points in file.axes.items()]
-        yield Table(("and each of these", "values"), axes, words=2)
-
-
-def _first_config(study: Study, rows: Rows) -> Config:
-    """Of the first measured cell."""
-    first = next(row["cell"] for row in rows if row["state"] == MEASURED)
-    return load_config(study.config_of(next(cell for cell in study.cells if cell.name == first)))
-
-
-def _shape(config: Config) -> str:
-    model = config.model
-    return (f"{model.num_layers} layers of width {model.hidden_size:,} with {model.num_heads} heads and an MLP of "
-            f"width {model.ffn_hidden_size:,}")
+    yield Table(("series", "what it sets", "its layout"), settings.layouts(), words=3)
+    yield Text(DEGREES)
 
 
 def _values(rows: Rows, key: str) -> str:
@@ -205,15 +188,14 @@ def _plan(lines: Rows, plans: Sequence[Prediction | str]) -> Iterator[Part]:
                  "ranks are equally fast, and loading data hides behind computation"])
 
 
-def _configuration(study: Study, rows: Rows) -> Iterator[Part]:
+def _configuration(settings: Settings) -> Iterator[Part]:
     yield Heading("Configuration")
-    file, config = study.file, _first_config(study, rows)
-    yield Table(("of all cells", "value"), [
-        ("run file that cells start from", file.config or "none: the defaults"),
-        ("model, unless a series says otherwise", _shape(config)), ("precision", config.train.precision),
-        ("token budget of a pack", f"{config.data.token_budget:,}"),
-        ("packs of a step, in the first cell", str(config.data.packs_per_step)),
-        *((key, str(value)) for key, value in file.set.items())], words=2)
+    yield Text("What all series start from, defaults included; the table of the series at the top says what each sets "
+               "otherwise, and results.csv where the whole configuration of a run is.")
+    yield Table(("key", "value", "what it is"), settings.table(), words=3)
+
+
+def _where(rows: Rows) -> Iterator[Part]:
     yield Heading("Where it ran")
     measured = [row for row in rows if row["state"] == MEASURED]
     with_gpu = bool(_values(measured, "gpu"))

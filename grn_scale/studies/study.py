@@ -27,6 +27,8 @@ from grn_scale.errors import ConfigError, UserError
 from grn_scale.studies.study_file import Size, StudyFile
 
 STUDY, CELLS, CONFIG = "study.json", "cells", "config.yaml"
+PACKS = "data.packs_per_step"
+"""What grows with the number of processes in weak scaling."""
 FORMAT = "grn_scale scaling study 2"
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._]+")
 
@@ -88,7 +90,7 @@ def generate(file: StudyFile, folder: Path) -> Study:
         raise UserError(f"{folder} is not empty: give another output, or `grn-scale scaling submit {folder}`")
     cells: list[Cell] = []
     illegal, texts = [], {}
-    for series, keys in _series(file):
+    for series, keys in series_of(file):
         for size in file.processes:
             try:
                 values = {**keys, **_growth(file, keys, size)}
@@ -136,7 +138,7 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _series(file: StudyFile) -> Iterator[tuple[str, dict[str, Any]]]:
+def series_of(file: StudyFile) -> Iterator[tuple[str, dict[str, Any]]]:
     """Name and dotted keys of every combination of layout and axes, in the order of the file."""
     for name, layout in (file.layouts or {"base": {}}).items():
         for values in itertools.product(*file.axes.values()):
@@ -155,9 +157,9 @@ def _growth(file: StudyFile, keys: Mapping[str, Any], size: Size) -> dict[str, i
         return {}
     packs, smallest = _resolve(file, keys).data.packs_per_step, min(each.processes for each in file.processes)
     if packs * size.processes % smallest:
-        raise ConfigError(f"weak scaling from {smallest} to {size.processes} processes: data.packs_per_step={packs} "
+        raise ConfigError(f"weak scaling from {smallest} to {size.processes} processes: {PACKS}={packs} "
                           f"does not grow to a whole number; take a multiple of {smallest}")
-    return {"data.packs_per_step": packs * size.processes // smallest}
+    return {PACKS: packs * size.processes // smallest}
 
 
 def _resolve(file: StudyFile, values: Mapping[str, Any]) -> Config:

@@ -48,7 +48,7 @@ def test_the_tables_name_stages_phases_and_assumptions(capsys):
 def test_a_layout_that_does_not_fit_ends_with_1_and_names_the_nearest_that_do(capsys):
     settings = ["parallel.context=1", "parallel.tensor=2", "data.packs_per_step=128"]
     verdict = planned(capsys, *settings, code=1)["verdict"]
-    assert not verdict["fits"] and verdict["most_bytes"] > verdict["gpu_bytes"]
+    assert not verdict["fits"] and verdict["most_bytes"] > verdict["limit_bytes"]
     for near in verdict["nearest"]:
         again = planned(capsys, *settings, *near["settings"])["verdict"]
         assert again["fits"] and again["most_bytes"] == near["most_bytes"]
@@ -99,7 +99,7 @@ def test_the_search_ranks_layouts_that_fit_and_explains_the_first(capsys):
     result = planned(capsys, "--search")
     times = [each["time"]["step_seconds"] for each in result["layouts"]]
     assert times == sorted(times) and 0 < result["fitting"] < result["legal"]
-    assert all(each["most_bytes"] <= result["gpu_bytes"] for each in result["layouts"])
+    assert all(each["most_bytes"] <= result["limit_bytes"] < result["gpu_bytes"] for each in result["layouts"])
     assert any(sentence.startswith("other degrees") for sentence in result["why"])
     again = planned(capsys, *result["layouts"][0]["settings"])
     assert again["time"]["step_seconds"] == pytest.approx(times[0])
@@ -140,6 +140,20 @@ def test_a_dense_transformer_is_planned_from_its_figures(capsys):
         assert words in text, words
 
 
+def test_precision_kind_network_and_uneven_stages_of_a_dense_transformer_count(capsys):
+    plain, fp8, video, slow = (dense(capsys, "--nodes", "8", *settings) for settings in (
+        (), ("precision=fp8",), ("diffusion=true",), ("--network", "50")))
+    part = {name: result["time"]["parts"] for name, result in
+            (("plain", plain), ("fp8", fp8), ("video", video), ("slow", slow))}
+    assert part["fp8"]["matrix products"] < 0.7 * part["plain"]["matrix products"] < part["video"]["matrix products"]
+    assert part["slow"]["ZeRO and data"] > part["plain"]["ZeRO and data"]
+    assert any("published image and video programs" in words for words in video["assumed"])
+    assert any("6.25 GB/s to other nodes" in words for words in slow["assumed"])
+    dense(capsys, "--nodes", "8", "layers=31", "tp=2", "pp=4")
+    layouts = dense(capsys, "--nodes", "8", "layers=31", "--search")["layouts"]
+    assert layouts
+
+
 def test_the_dense_search_ranks_layouts_that_its_settings_make(capsys):
     result = dense(capsys, "--nodes", "2", "--search")
     times = [each["time"]["step_seconds"] for each in result["layouts"]]
@@ -169,7 +183,9 @@ def test_a_dense_layout_that_does_not_fit_is_told_the_nearest_that_do(capsys):
     (["--config", "configs/runs/grn_8b.yaml"], "give one of them"),
     (["--dense", "absent.yaml"], "--dense: cannot read"),
     (["seq_len=8191", "cp=2"], "seq_len (8191) must be a multiple of cp"),
-    (["tp=4", "pp=2", "vpp=2", "global_batch=7"], "7 micro-batches")])
+    (["tp=4", "pp=2", "vpp=2", "global_batch=7"], "7 micro-batches"), (["pp=4", "layers=33"], "or at most 2 fewer"),
+    (["--gpu", "A100", "precision=fp8"], "no FP8"), (["precision=int4"], "must be bf16 or fp8"),
+    (["--network", "0"], "--network is 0.0")])
 def test_a_bad_dense_run_is_refused_with_a_remedy(capsys, arguments, words):
     assert main([*DENSE, *arguments]) == 2
     assert words in capsys.readouterr().err

@@ -10,8 +10,9 @@ import pytest
 from grn_scale.planning.case_file import read_cases
 from grn_scale.planning.case_gpu import case_gpu
 from grn_scale.planning.cases import complete_case
+from grn_scale.planning.fitting import errors, judged
 from grn_scale.planning.hardware import load_efficiencies
-from grn_scale.planning.validate import THROUGHPUT, judge, judge_case, throughput_field
+from grn_scale.planning.validate import THROUGHPUT, judge, judge_case, spearman, throughput_field
 
 ROOT = Path(__file__).resolve().parents[2]
 REACHED = load_efficiencies()
@@ -164,8 +165,59 @@ def test_sharding_and_precision_not_stated_are_told_by_the_name():
     assert complete_case(case, REACHED).layout.zero == 3
 
 
-def test_seconds_without_a_batch_are_judged_last():
-    case = {"step_time_s": 2.0, "mfu": 0.4}
-    assert throughput_field(case) == "mfu"
-    assert throughput_field(case | {"micro_batch": 1, "pp": 8}) == "mfu"
-    assert throughput_field(case | {"micro_batch": 1}) == throughput_field(case | {"global_batch": 8}) == "step_time_s"
+def test_the_first_published_figure_is_judged_and_two_of_them_tell_the_batch():
+    case = CASES["megascale-175B-1024gpu"]
+    rate = complete_case(case, REACHED)
+    seconds = judge_case(case | {"tokens_per_s_per_gpu": None, "step_time_s": 1.0}, REACHED)[0]["predicted"]
+    both = case | {"tokens_per_s_per_gpu": None, "step_time_s": seconds, "global_batch": None}
+    assert throughput_field(both) == "step_time_s" and both["measured_tflops_per_gpu"]
+    done = complete_case(both, REACHED)
+    assert done.layout.global_batch == pytest.approx(rate.layout.global_batch, rel=0.15)
+    assert "published rate" in done.assumed["global_batch"]
+    flops = judge_case(case | {"tokens_per_s_per_gpu": None, "step_time_s": None}, REACHED)[0]
+    error = judge_case(both, REACHED)[0]["error"]
+    assert 1 / (1 + error) == pytest.approx(1 + flops["error"], rel=0.02)
+
+
+def test_figures_with_a_letter_or_in_other_units_are_read(tmp_path):
+    case = read(tmp_path, seq_len="8K", params_b="70B", vocab="128k", zero_stage="ZeRO-3", memory_kind=None,
+                recompute=["mlp", "core_attn"], memory_gb="40 GiB")
+    assert (case["seq_len"], case["params_b"], case["vocab"], case["zero_stage"]) == (8192, 70, 128000, 3)
+    assert case["recompute"] == "core_attn, mlp" and case["memory_gb"] == 40 and "GiB" in case["memory_kind"]
+    assert read(tmp_path, params_b=405e9)["params_b"] == 405
+    assert read(tmp_path, recompute=[])["recompute"] == "none" and not case["unread"]
+
+
+@pytest.mark.parametrize("sharding, zero, fsdp", [
+    ("DeepSpeed ZeRO-3", 3, False), ("ZeRO Stage 3", 3, False), ("zero3", 3, False), ("ZeRO-2", 2, False),
+    ("HSDP", 3, True), ("Fully Sharded Data Parallel", 3, True), ("FSDP FULL_SHARD", 3, True), ("some", 1, False)])
+def test_sharding_is_read_as_it_is_meant(sharding, zero, fsdp):
+    done = complete_case(LLAMA | {"sharding": sharding, "zero_stage": None, "pp": None}, REACHED)
+    assert (done.layout.zero, done.layout.fsdp) == (zero, fsdp) and "zero_stage" in done.assumed
+
+
+def test_what_the_model_does_not_have_is_named():
+    done = complete_case(LLAMA | {"precision": None, "name": "run"}, REACHED)
+    assert done.assumed["precision"] == "bf16: not stated" and not done.software.fp8
+    assert "bf16" in complete_case(LLAMA | {"precision": "tf32"}, REACHED).assumed["precision"]
+    done = complete_case(LLAMA | {"notes": "MoE with 64 experts and a sliding window"}, REACHED)
+    assert done.assumed["model"] == "dense: a mixture of experts and attention in windows is not modelled"
+    video, bert = ({"causal": False, "vocab": None, "notes": words} for words in ("a video DiT", "BERT-large"))
+    assert complete_case(LLAMA | video, REACHED).software.diffusion
+    assert not complete_case(LLAMA | bert, REACHED).software.diffusion
+
+
+def test_stages_may_have_a_layer_less_at_the_ends():
+    llama = {"layers": 126, "hidden": 16384, "heads": 128, "kv_heads": 8, "ffn": 53248, "vocab": 128256,
+             "seq_len": 8192, "causal": True, "n_gpus": 8192, "gpu": "H100", "name": "405B", "source": "a blog",
+             "measured_tflops_per_gpu": 400}
+    done = complete_case(llama, REACHED)
+    assert done.layout.pp > 2 and "too much" not in done.assumed["pp"]
+    assert abs(judge_case(llama, REACHED)[0]["error"]) < 0.15
+
+
+def test_cases_of_one_name_are_counted_and_fitted_apart():
+    document = judge([LLAMA, LLAMA | {"n_gpus": 128, "dp": None}], REACHED)
+    assert document["summary"]["counts"]["cases"] == 2
+    assert len(errors(judged([LLAMA, LLAMA], REACHED), REACHED)) == 2
+    assert spearman([1, 2, 3, 4], [1, 3, 2, 4]) == 0.8
