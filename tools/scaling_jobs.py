@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,8 @@ from grn_scale.studies.study_file import Size
 from grn_scale.tools.scaling_records import ORIGIN, measured, origin
 
 MISSING, WAITING, FAILED = "missing", "in the queue", "failed"
+WORDS = {"PENDING": "waiting", "RUNNING": "running"}
+"""Of Slurm's states, those that are told otherwise."""
 POLL_SECONDS = 2.0
 
 log = logging.getLogger("grn_scale.scaling")
@@ -56,10 +62,11 @@ def _outcome(study: Study, cell: Cell, attempt: Path) -> tuple[str, str]:
 
 
 def collected(study: Study) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """A row for each cell, with provenance, and the rows of all measured steps."""
+    """A row for each cell, with provenance, and the rows of all measured steps. UserError where no cell has ended."""
+    states = [state_of(study, cell) for cell in study.cells]
+    _check_ended(study, states)
     rows, steps = [], []
-    for cell in study.cells:
-        state, reason, attempt = state_of(study, cell)
+    for cell, (state, reason, attempt) in zip(study.cells, states):
         row: dict[str, Any] = {
             "cell": cell.name, "series": cell.series, "size": cell.size.label, "processes": cell.size.processes,
             "repeat": cell.repeat, "state": state, "reason": reason, "config_sha256": cell.config_sha256,
@@ -73,6 +80,19 @@ def collected(study: Study) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]
             steps += [{"cell": cell.name, **each, "warmup": each["step"] <= study.file.warmup_steps} for each in taken]
         rows.append(row)
     return rows, steps
+
+
+def _check_ended(study: Study, states: Sequence[tuple[str, str, Path | None]]) -> None:
+    if any(state not in (MISSING, WAITING) for state, _, _ in states):
+        return
+    submit = f"`grn-scale scaling submit {study.folder} --cluster FILE.yaml --submit`"
+    waiting = Counter(reason for state, reason, _ in states if state == WAITING)
+    if not waiting:
+        raise UserError(f"no cell of {study.folder} has been submitted: {submit} does it")
+    counts = ", ".join(f"{count} {WORDS.get(reason, reason)}" for reason, count in waiting.items())
+    missing = len(states) - waiting.total()
+    rest = f", {missing} never submitted ({submit} runs them)" if missing else ""
+    raise UserError(f"no cell of {study.folder} has ended: {counts}{rest}; collect again later")
 
 
 def submit_missing(study: Study, cluster_file: str, what: str, more: list[str], limit: int, wait: bool) -> int:
@@ -90,34 +110,55 @@ def submit_missing(study: Study, cluster_file: str, what: str, more: list[str], 
     log.info("%d cells to run, %d in the queue, %d measured", len(todo), list(states.values()).count(WAITING),
              list(states.values()).count(MEASURED))
     placed = {cell.name: place(cell.size, cluster) for cell in todo}  # all are refused before any is submitted
-    refused: list[str] = []
-    for cell in todo:
-        while limit and _waiting(study) >= limit:
-            time.sleep(POLL_SECONDS)
-        if not _submit(study, cell, *placed[cell.name], what, more):
-            refused.append(cell.name)
+    if todo:
+        _check_options(study, todo[0], *placed[todo[0].name], more)
+    taken = _submit(study, todo, placed, what, more, limit)
     while wait and _waiting(study):
         time.sleep(POLL_SECONDS)
     lost = [cell.name for cell in study.cells if wait and state_of(study, cell)[0] != MEASURED]
     if lost:
         log.warning("without a result: %s; submit again to run them afresh", ", ".join(lost))
-    return EXIT_FAILED if lost or refused else 0
+    return EXIT_FAILED if lost or not taken else 0
 
 
-def _submit(study: Study, cell: Cell, nodes: int, site: Cluster, what: str, more: list[str]) -> bool:
-    """Whether the cell's job was taken; where not, the reason is told, since the others may run."""
+def _check_options(study: Study, cell: Cell, nodes: int, site: Cluster, more: list[str]) -> None:
+    """ConfigError where no job of the study could have the further options, told once instead of for each cell."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        _job(study, cell, nodes, site, "--print", more)
+
+
+def _submit(study: Study, todo: Sequence[Cell], placed: Mapping[str, tuple[int, Cluster]], what: str, more: list[str],
+            limit: int) -> bool:
+    """Whether every cell's job was taken; where one is not, the others may run. A reason that several share is told
+    once."""
+    taken = True
+    refused: dict[str, list[str]] = {}
+    for cell in todo:
+        while limit and _waiting(study) >= limit:
+            time.sleep(POLL_SECONDS)
+        try:
+            taken &= not _job(study, cell, *placed[cell.name], what, more)
+        except UserError as error:
+            same = refused.setdefault(str(error).replace(str(study.cell_folder(cell)), ""), [])
+            same.append(cell.name)
+            if len(same) == 1:
+                log.error("%s: %s", cell.name, error)
+    for first, *others in refused.values():
+        if others:
+            log.error("refused for the same reason as %s: %s", first, ", ".join(others))
+    return taken and not refused
+
+
+def _job(study: Study, cell: Cell, nodes: int, site: Cluster, what: str, more: list[str]) -> int:
+    """Exit code of showing, trying or submitting a cell's next attempt; UserError where it is refused."""
     attempt = study.cell_folder(cell) / f"attempt-{len(study.attempts(cell)) + 1:04d}"
     with tempfile.TemporaryDirectory() as folder:
         there = study.cell_folder(cell) if what == "--submit" else Path(folder)
         file = there / site_file(attempt).name
         write_bytes(file, config_yaml(site).encode())
-        try:
-            return not jobs.main("train", [
-                "--config", str(study.config_of(cell)), f"output={attempt}", "--cluster", str(file), "--nodes",
-                str(nodes), "--start-limit", "1", "--name", cell.name, *more, what])
-        except UserError as error:
-            log.error("%s: %s", cell.name, error)
-            return False
+        return jobs.main("train", [
+            "--config", str(study.config_of(cell)), f"output={attempt}", "--cluster", str(file), "--nodes", str(nodes),
+            "--start-limit", "1", "--name", cell.name, *more, what])
 
 
 def place(size: Size, cluster: Cluster) -> tuple[int, Cluster]:

@@ -23,7 +23,7 @@ font-variant-numeric:tabular-nums}
 th{background:#f5f5f3;font-weight:600;vertical-align:bottom}
 th.text,td.text{text-align:left}
 td.text{overflow-wrap:anywhere;min-width:5em;max-width:34em}
-.numbers td{white-space:nowrap}
+.numbers td,td:first-child{white-space:nowrap}
 figure{margin:1em 0}
 figure img{max-width:100%;height:auto;display:block}
 figcaption{font-size:.9em;color:#444;max-width:46em}

@@ -13,7 +13,7 @@ from grn_scale.studies.configuration import DEGREES, Settings, shape
 from grn_scale.studies.page import Heading, Items, Part, Pictures, Table, Text, markdown, page
 from grn_scale.studies.predicted import Prediction, check_hardware, predict
 from grn_scale.studies.results import MEASURED, differences
-from grn_scale.studies.study import Study
+from grn_scale.studies.study import PACKS, Study
 from grn_scale.studies.summary import CONFIDENCE, Interval, summarize
 
 Rows = Sequence[Mapping[str, Any]]
@@ -82,10 +82,12 @@ def _opening(settings: Settings, rows: Rows, lines: Rows) -> Iterator[Part]:
                f"Compared are {varied}{axes}, with {file.repeats} run{'s' * (file.repeats > 1)} of each. "
                f"{len(measured)} of {len(rows)} runs are measured.")
     device = _values(measured, "gpu") or f"{_values(measured, 'cpu') or 'an unknown processor'}, without a GPU"
-    yield Text(f"Unless a series says otherwise, the model has {_shape(config)}, trains in {config.train.precision}, "
-               f"and reads packs of {config.data.token_budget:,} tokens. It ran on {device}, cluster "
-               f"{_values(measured, 'cluster') or NOT_KNOWN}.")
-    yield from _series(study.file)
+    yield Items([f"model: {settings.told('model', shape)}", f"precision: {settings.told('train.precision')}",
+                 f"tokens of a pack: {settings.told('data.token_budget', '{:,}'.format)}",
+                 f"packs of a step, over all processes: {settings.told(PACKS)}",
+                 f"ran on {device}, cluster {_values(measured, 'cluster') or NOT_KNOWN}"])
+    yield Table(("series", "what it sets", "layout"), settings.layouts(), words=3)
+    yield Text(f"{DEGREES} What all series start from stands under Configuration.")
     crowded = sorted({row["processes_per_node"] for row in measured if not row.get("gpu") and row.get("cores")
                       and (row.get("processes_per_node") or 0) > row["cores"]})
     if crowded:
@@ -99,12 +101,6 @@ def _opening(settings: Settings, rows: Rows, lines: Rows) -> Iterator[Part]:
                f"with a {CONFIDENCE:.0%} confidence interval (Student's t of the logarithms). Two runs give a very "
                "wide interval, one gives none. Efficiency is throughput a process over that of the smallest measured "
                "size of the same series.")
-
-
-def _series(settings: Settings) -> Iterator[Part]:
-    """What the series are."""
-    yield Table(("series", "what it sets", "its layout"), settings.layouts(), words=3)
-    yield Text(DEGREES)
 
 
 def _values(rows: Rows, key: str) -> str:
@@ -190,8 +186,8 @@ def _plan(lines: Rows, plans: Sequence[Prediction | str]) -> Iterator[Part]:
 
 def _configuration(settings: Settings) -> Iterator[Part]:
     yield Heading("Configuration")
-    yield Text("What all series start from, defaults included; the table of the series at the top says what each sets "
-               "otherwise, and results.csv where the whole configuration of a run is.")
+    yield Text("What all series start from, defaults included; the table of series at the top says what each sets. "
+               "The whole configuration of a cell is its cells/CELL/config.yaml.")
     yield Table(("key", "value", "what it is"), settings.table(), words=3)
 
 
@@ -201,6 +197,9 @@ def _where(rows: Rows) -> Iterator[Part]:
     with_gpu = bool(_values(measured, "gpu"))
     facts = [(name, _values(measured, key) or NOT_KNOWN) for key, name in WHERE.items()
              if _values(measured, key) or (with_gpu and key in OF_GPUS)]
+    grids = sorted({(row["node_count"], row["processes_per_node"]) for row in measured
+                    if row.get("node_count") and row.get("processes_per_node")})
+    facts.insert(1, ("Nodes x processes of each", ", ".join(f"{nodes} x {each}" for nodes, each in grids) or NOT_KNOWN))
     if any(row.get("dirty") for row in measured):
         facts.append(("Uncommitted changes", "yes: the commit alone does not tell what ran"))
     yield Table(("what", "value"), facts, words=2)

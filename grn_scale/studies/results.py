@@ -26,7 +26,11 @@ STRAGGLER = 1.3
 MEDIANS = ("step_seconds", "data_wait_seconds", "forward_backward_seconds", "optimizer_seconds",
            "model_tflops_per_second", "mfu", "hfu", "fill")
 PEAKS = ("peak_memory_bytes", "peak_reserved_bytes")
-_COMPARED = ("replicas_forward_backward", "ranks_probe")
+_COMPARED = {
+    "replicas_forward_backward": "forward and backward of the slowest copy of the model take {:.2f} times as long as "
+                                 "those of the median copy",
+    "ranks_probe": "the slowest process takes {:.2f} times as long as the median one for the same small computation"}
+"""Comparison between ranks (docs/runs.md) -> what a flag says of it."""
 SAME = ("commit", "dirty", "torch", "cuda", "nccl", "driver", "gpu", "cpu", "cluster")
 """Columns that cells must share to be compared."""
 
@@ -72,10 +76,10 @@ def _flags(steps: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -> Iter
                        for part in (steps[:third], steps[-third:]))
         if last < SLOWDOWN * first:
             yield f"slows down: steps a second fall to {last / first:.0%} over the run (clocks or heat)"
-    for key in _COMPARED:
+    for key, words in _COMPARED.items():
         ratios = [row[f"{key}_max"] / row[f"{key}_median"] for row in steps if row.get(f"{key}_median")]
         if ratios and statistics.median(ratios) > STRAGGLER:
-            yield f"straggler: {key} of the slowest is {statistics.median(ratios):.2f} times the median"
+            yield f"straggler: {words.format(statistics.median(ratios))}"
     width = (found["step_seconds_high"] - found["step_seconds_low"]) / 2 / found["step_seconds"]
     if width > WIDE:
         yield f"wide spread: half of the steps lie within {width:.0%} of the median, no closer"

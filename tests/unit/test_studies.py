@@ -118,8 +118,66 @@ def test_jobs_get_the_site_with_the_processes_of_their_cell(tmp_path: Path, monk
     monkeypatch.setattr("grn_scale.slurm.submit.main", job)
     assert scaling.submit([str(study.folder), "--cluster", str(site), "--print", "--time", "9"]) == 0
     assert [(nodes, site["processes_per_node"], site["account"], time) for nodes, site, time in seen] == [
-        ("1", 1, "research", "9"), ("2", 1, "research", "9")] * 2  # all cells once, then again
+        ("1", 1, "research", "9"),  # whether the options are legal
+        *[("1", 1, "research", "9"), ("2", 1, "research", "9")] * 2]  # all cells once, then again
     assert not list(study.folder.glob("cells/*/*.site.yaml"))  # to print is to write nothing
+
+
+@pytest.mark.parametrize("options,words", [
+    (["--time", "abc"], "'abc' is no time limit"), (["--time", "99"], "longer than the longest of cluster"),
+    (["--sbatch", "nodes=4"], "the job has it already"), (["--sbatch", "re servation"], "none of the long options")])
+@pytest.mark.parametrize("what", ["--print", "--dry-run", "--submit"])
+def test_options_that_no_job_can_have_are_refused_once(tmp_path: Path, capsys, options: list, words: str,
+                                                       what: str) -> None:
+    study = generate(read_study_file(study_file(tmp_path)), tmp_path / "study")
+    site = tmp_path / "site.yaml"
+    site.write_text("processes_per_node: 4\ntime_limit: '60'\n")
+    with pytest.raises(ConfigError, match=words):
+        scaling.submit([str(study.folder), "--cluster", str(site), what, *options])
+    shown = capsys.readouterr()
+    assert not shown.out and "ERROR" not in shown.err and not list(study.folder.glob("cells/*/attempt*"))
+
+
+def test_a_reason_that_cells_share_is_told_once(tmp_path: Path, monkeypatch, capsys) -> None:
+    study = generate(read_study_file(study_file(tmp_path, repeats=1, processes=[1, 2, 4])), tmp_path / "study")
+    site = tmp_path / "site.yaml"
+    site.write_text("processes_per_node: 4\n")
+
+    def job(kind: str, argv: list[str]) -> int:
+        if argv[-1] == "--submit":
+            where = next(word for word in argv if word.startswith("output="))
+            raise UserError(f"sbatch refused the job: no such partition; what it got is {where}/job.sbatch")
+        return 0
+
+    monkeypatch.setattr("grn_scale.slurm.submit.main", job)
+    assert scaling.submit([str(study.folder), "--cluster", str(site), "--submit"]) == 1
+    first, rest = [line for line in capsys.readouterr().err.splitlines() if "ERROR" in line]
+    assert "base-p1-r1: sbatch refused the job: no such partition; what it got is" in first
+    assert rest.endswith("refused for the same reason as base-p1-r1: base-p2-r1, base-p4-r1")
+
+
+def test_nothing_is_collected_where_no_cell_has_ended(tmp_path: Path, monkeypatch) -> None:
+    study = generate(read_study_file(study_file(tmp_path)), tmp_path / "study")
+    with pytest.raises(UserError, match=r"no cell of .*/study has been submitted: `grn-scale scaling submit .*/study "
+                       r"--cluster FILE.yaml --submit` does it") as error:
+        scaling.collect([str(study.folder)])
+    assert "\n" not in str(error.value) and error.value.exit_code == 1
+    states = [("in the queue", "RUNNING"), ("in the queue", "PENDING"), ("in the queue", "PENDING")]
+
+    def standing(states: list) -> None:
+        found = dict(zip((cell.name for cell in study.cells), states))
+        monkeypatch.setattr("grn_scale.tools.scaling_jobs.state_of", lambda study, cell: (*found[cell.name], None))
+
+    standing([*states, ("in the queue", "COMPLETING")])
+    with pytest.raises(UserError, match="has ended: 1 running, 2 waiting, 1 COMPLETING; collect again later"):
+        scaling.collect([str(study.folder)])
+    standing([*states, ("missing", "never submitted")])
+    with pytest.raises(UserError, match="2 waiting, 1 never submitted .`grn-scale scaling submit .*; collect"):
+        scaling.collect([str(study.folder)])
+    assert sorted(path.name for path in study.folder.iterdir()) == ["cells", "study.json"]
+    standing([*states, ("failed", "died")])
+    assert scaling.collect([str(study.folder)]) == 1
+    assert [row["state"] for row in read_results(study.folder)] == ["in the queue"] * 3 + ["failed"]
 
 
 def test_other_folders_are_no_studies(tmp_path: Path) -> None:

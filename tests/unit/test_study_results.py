@@ -11,9 +11,11 @@ import pytest
 import yaml
 
 from grn_scale.atomic import write_json
-from grn_scale.command_line import config_yaml
+from grn_scale.command_line import config_yaml, dotted_keys
 from grn_scale.config.load import load_config
+from grn_scale.config.schema import Config
 from grn_scale.errors import ConfigError, UserError
+from grn_scale.studies.configuration import WORDS
 from grn_scale.studies.report import write_report
 from grn_scale.studies.results import differences, measure, read_results, write_results
 from grn_scale.studies.study import Study, generate
@@ -47,7 +49,10 @@ def test_the_warm_up_is_left_out_and_waiting_for_data_is_told_apart() -> None:
 @pytest.mark.parametrize("change,flag", [
     (lambda n: {"data_wait_seconds": 0.5}, "data-bound: 25%"),
     (lambda n: {"tokens_per_second": 50.0 if n < 6 else 40.0}, "slows down: steps a second fall to 80%"),
-    (lambda n: {"ranks_probe_max": 1.5, "ranks_probe_median": 1.0}, "straggler: ranks_probe"),
+    (lambda n: {"ranks_probe_max": 1.5, "ranks_probe_median": 1.0}, "straggler: the slowest process takes 1.50 times "
+     "as long as the median one for the same small computation"),
+    (lambda n: {"replicas_forward_backward_max": 2.8, "replicas_forward_backward_median": 2.0}, "straggler: forward "
+     "and backward of the slowest copy of the model take 1.40 times as long as those of the median copy"),
     (lambda n: {"step_seconds": 1.0 + n % 2}, "wide spread"),
 ])
 def test_suspicious_cells_are_flagged(change, flag: str) -> None:
@@ -122,6 +127,47 @@ def test_results_are_kept_and_reported(tmp_path: Path) -> None:
         write_report(study, [])
     with pytest.raises(ConfigError, match="unknown GPU 'H1OO': did you mean H100"):
         write_report(study, rows, "H1OO")
+
+
+def told(study: Study, *rows: dict) -> str:
+    """The Markdown report of these rows."""
+    write_report(study, rows)
+    return (study.folder / "report.md").read_text()
+
+
+def test_a_report_tells_the_configuration_that_all_series_start_from_and_each_layout(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("parallel: {context: 2}\nzero: {stage: 2}\n")
+    study = small_study(tmp_path, config="run.yaml", processes=[2, 4], mode="weak", layouts={
+        "tp": {"parallel.tensor": 2, "parallel.context": 1, "parallel.recompute": "selective"}, "dp": {},
+        "pp": {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2, "parallel.context": 1, "zero.stage": 1}},
+        axes={"kernels.compile": ["auto", "never"]})
+    text = told(study, cell("tp-compileauto", 2, 1, 50.0))
+    for line in ("| dp-compileauto | kernels.compile = auto | TP 1, PP 1, CP 2, DP 1 to 2, ZeRO-2, recompute none |",
+                 "TP 2 with SP, PP 1, CP 1, DP 1 to 2, ZeRO-2, recompute selective (mlp) |",
+                 "TP 1, PP 2 (VPP 2), CP 1, DP 1 to 2, ZeRO-1, recompute none |",
+                 "| parallel.tensor | 1; varies between series: 1, 2 |", "| parallel.context | 2; varies between",
+                 "| zero.stage | 2; varies between series: 1, 2 |", "| zero.offload_optimizer | false |",
+                 "| kernels.compile | varies between series: auto, never |", "| kernels.attention | auto |",
+                 "| data.packs_per_step | varies with the number of processes: 4, 8 |", "| optimizer.name | adamw |",
+                 "| train.precision | bf16 |", "| data.token_budget | 128 |", "| text.states | auto |",
+                 "| Nodes x processes of each | 1 x 2 |", "packs of a step, over all processes: varies with"):
+        assert line in text, line
+    assert "data parallel alone" not in text and "kernels.cross_entropy" not in text
+
+
+def test_every_key_of_a_layout_is_told_in_words() -> None:
+    keys = [key for key in dotted_keys(Config) if key.startswith(("parallel.", "zero.", "kernels."))]
+    assert [key for key in keys if key not in WORDS] == []
+
+
+def test_models_that_vary_are_told_as_such(tmp_path: Path) -> None:
+    study = small_study(
+        tmp_path, set={"data.packs_per_step": 2}, layouts={"dp": {}, "tp": {"parallel.tensor": 2}},
+        axes={"model": ["configs/model/grn_tiny.yaml", "configs/model/grn_0b.yaml"]})
+    text = told(study, cell("dp-modelgrn_tiny", 1, 1, 50.0))
+    assert "model: varies between series: 6 layers of width 256" in text and "over all processes: 2\n" in text
+    assert "parallel.tensor = 2, model = configs/model/grn_0b.yaml | TP 2 with SP, PP 1, CP 1, DP 1, ZeRO-1" in text
 
 
 def test_predictions_are_compared_where_the_hardware_is_known(tmp_path: Path) -> None:
