@@ -224,6 +224,8 @@ def test_a_missing_folder_is_refused_before_the_work(tmp_path):
     with pytest.raises(UserError, match="is no folder") as caught:
         main(["--cases", str(PUBLISHED), "--report", str(tmp_path / "none")])
     assert caught.value.exit_code == EXIT_USAGE
+    with pytest.raises(UserError, match="create it first"):
+        main(["--cases", str(PUBLISHED), "--plot", str(tmp_path / "none" / "x.png")])
 
 
 def test_validation_needs_no_torch():
