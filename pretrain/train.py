@@ -108,8 +108,8 @@ def train_run(config: Config, resume: str) -> bool:
     from grn_scale.data.ramp import packs_of_step
     from grn_scale.data.stream import open_plan
     from grn_scale.parallel import groups
-    from grn_scale.perf.flops import peak_flops
     from grn_scale.perf.measure import surroundings
+    from grn_scale.planning.hardware import peak_flops
     from grn_scale.slurm.preflight_devices import driver_version
     from grn_scale.train.bad_samples import BadSamples
     from grn_scale.train.checkpoints import reserve_host_memory, restore, restore_before, save_state, start

@@ -171,6 +171,8 @@ class DenseMachine:
                  f"{gpu.nic / 1e9:g} GB/s to other nodes; shares that are reached: configs/planner/*.yaml",
                  f"{software.attention} attention, fused kernels, overlapped communication, gradients in fp32, no "
                  "dropout"]
+        if gpu.like:
+            words.append(f"no run on {gpu.name} is published: those shares are what {gpu.like} reaches")
         if software.diffusion:
             words.append(f"products and attention take {self.machine.reached.diffusion:.2f} times as long as in "
                          "language models, as in the published image and video programs")

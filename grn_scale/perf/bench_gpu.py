@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from grn_scale.config.schema import Config
 from grn_scale.errors import ConfigError, UserError
 from grn_scale.perf.bench_kernels import bench_kernels
-from grn_scale.perf.flops import hardware_flops, model_flops, peak_flops
+from grn_scale.perf.flops import hardware_flops, model_flops
 from grn_scale.perf.measure import CAPTION_TOKENS, latent_shape, rates, repeat, spread, start_torch, wait
 from grn_scale.perf.random_packs import random_packs
 
@@ -90,6 +90,7 @@ def _steps(config: Config, layers: int, device: torch.device, repeats: int) -> d
 
     from grn_scale.model.pack import assemble
     from grn_scale.parallel.engine import TrainEngine
+    from grn_scale.planning.hardware import peak_flops
 
     log.info("packs of %d tokens, %d of %d layers", config.data.token_budget, config.model.num_layers, layers)
     packs, weights = random_packs(config, _longest_clip(config))

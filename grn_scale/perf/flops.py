@@ -7,7 +7,6 @@ numbers are of the whole job, however the model is cut.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
 from grn_scale.config.schema import ModelConfig, ParallelConfig
@@ -15,17 +14,6 @@ from grn_scale.config.schema import ModelConfig, ParallelConfig
 Lengths = tuple[int, int, int, int]
 """Of a sample: visual, predicted and text tokens, and tokens in all."""
 
-PEAK_BF16 = {
-    r"A[18]00([- ].*)?": 312e12,
-    r"H[18]00 PCIe": 756e12,
-    r"H[12]00 NVL": 835e12,
-    r"H[18]00( 80GB HBM3)?": 989e12,
-    r"G?H200( \d+GB.*)?": 989e12,
-    r"B200( .*)?": 2250e12,
-    r"GB200": 2500e12,
-    r"L40S": 362e12,
-}
-"""Dense bf16 FLOP/s by pattern of the device's whole name (without its maker), from NVIDIA's data sheets."""
 LEVEL_FEATURES = 256
 """Numbers that stand for a noise level at the network's input."""
 
@@ -51,12 +39,6 @@ def hardware_flops(model: ModelConfig, parallel: ParallelConfig, samples: Iterab
     total = model.num_layers * linear * rows
     total += (7 + 2 * attends) * _attention(model, pairs) // 2
     return total + parallel.tensor * inputs + head
-
-
-def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 FLOP/s of a GPU by its name, or None where it is not known (then there is neither MFU nor HFU)."""
-    name = device_name.removeprefix("NVIDIA ")
-    return next((peak for pattern, peak in PEAK_BF16.items() if re.fullmatch(pattern, name)), None)
 
 
 def _computed_again(parallel: ParallelConfig) -> tuple[bool, bool, bool]:

@@ -11,8 +11,6 @@ from grn_scale.planning.communication import Group, group
 from grn_scale.planning.hardware import Efficiencies, Gpu, find_gpu, load_efficiencies
 
 GIB = 1 << 30
-FP32_SHARE = 1 / 15
-"""Of the bf16 peak, what fp32 products outside the tensor cores reach (data sheets: A100 1/16, H100 1/14.8)."""
 MOST_IN_A_NODE = 16
 """GPUs of one board at most; a larger NVLink domain spans nodes (NVL72)."""
 
@@ -70,14 +68,16 @@ class Machine:
     def assumed(self) -> list[str]:
         """What the rates are, in words."""
         sheet = self.gpu
-        peak = f" (of {sheet.bf16 / 1e12:g} on the data sheet)" if sheet.matches else ""
+        likely = [f"no run on {sheet.name} is published: the shares of its data sheet that it reaches are those of "
+                  f"{sheet.like}"] if sheet.like else []
+        peak = f" (of {sheet.bf16 / 1e12:g} on the data sheet)" if sheet.names else ""
         forward, backward = (rate / 1e12 for rate in self.attention)
         return [f"{sheet.name} of {sheet.memory_gib:g} GiB: in bf16 matrix products reach {self.matmul / 1e12:.3g} "
                 f"TFLOP/s{peak}, attention {forward:.3g} forward and {backward:.3g} backward ({self.rates_from})",
                 *([f"those are rates of language models' programs; published image and video programs took "
                    f"{self.reached.diffusion:.2f} times as long for products and attention: `grn-scale bench gpu` "
                    "measures what yours reach"] if peak else []),
-                *self._links()]
+                *likely, *self._links()]
 
     def _links(self) -> list[str]:
         near, far = self.gpu.nvlink * self.reached.nvlink / 1e9, self.gpu.nic * self.reached.nic / 1e9
@@ -110,7 +110,7 @@ def find_machine(config: Config, gpu: str, nodes: int, gpus_per_node: int, netwo
         sheet, nodes, gpus_per_node, matmul=sheet.bf16 * reached.matmul[f"{sheet.architecture}_bf16"],
         attention=(sheet.bf16 * forward, sheet.bf16 * backward), bandwidth=sheet.bandwidth * reached.bandwidth,
         elementwise=reached.elementwise_eager if eager else reached.elementwise_fused, leak=reached.leak,
-        fp32=sheet.bf16 * FP32_SHARE, attention_fp32=(sheet.bf16 * FP32_SHARE,) * 2,
+        fp32=sheet.fp32, attention_fp32=(sheet.fp32,) * 2,
         waiting=reached.straggler * math.log2(nodes), reached=reached,
         rates_from="configs/hardware/ and configs/planner/efficiencies.yaml")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any
@@ -13,7 +14,10 @@ from grn_scale.config.load import read_mapping, shipped_file
 from grn_scale.errors import ConfigError
 
 NAMES = ("A100-40GB", "A100-80GB", "A100-PCIe", "B200", "GB200", "H100", "H100-PCIe", "H200", "H800", "L40S")
-"""Files of configs/hardware/."""
+"""Files of configs/hardware/ with all that is known of a GPU; others.yaml has what differs of others."""
+_SAYS_NOTHING = re.compile(r"NVIDIA|AMD|INSTINCT|GEFORCE|TESLA|GOOGLE|CLOUD|INTEL|HABANA|GPUS?|TENSOR|CORE|[DH]GX|"
+                           r"SXM\d?|HBM\d?E?|AMPERE|HOPPER|BLACKWELL|\d+X|X\d+")
+"""Words of a GPU's name that tell no model: makers, modules, kinds of memory, counts."""
 
 
 @dataclass(frozen=True)
@@ -21,19 +25,23 @@ class Gpu:
     """A GPU as its data sheet has it. Rates are a second; links are one direction, of one GPU."""
 
     name: str
-    matches: str
-    """Pattern of the names under which it is known."""
+    names: tuple[str, ...]
+    """Under which it is known, without words that tell no model; empty: it was measured, and no data sheet is known."""
     architecture: str
     memory_gib: float
     bandwidth: float
     bf16: float
     fp8: float | None
+    fp32: float
+    """Outside the tensor cores."""
     watts: float
     nvlink: float
     domain: int
     """GPUs that reach each other over `nvlink`, which is PCIe where there is no NVLink."""
     nic: float
     host: float
+    like: str = ""
+    """The GPU whose shares of the data sheet it is assumed to reach; empty: itself."""
 
     def peak(self, fp8: bool) -> float:
         """Dense FLOP/s; ConfigError where it has no FP8."""
@@ -83,7 +91,18 @@ class Efficiencies:
 def load_gpu(name: str) -> Gpu:
     """The GPU of configs/hardware/NAME.yaml. ConfigError where the file does not hold what a GPU has."""
     file = shipped_file(f"hardware/{name}.yaml")
-    return Gpu(name=name, **_checked(read_mapping(file, "hardware"), file, [f.name for f in fields(Gpu)][1:]))
+    wanted = {f.name for f in fields(Gpu)} - {"name", "like"}
+    values = _checked(read_mapping(file, "hardware"), file, wanted)
+    return Gpu(name=name, **{**values, "names": tuple(values["names"])})
+
+
+@cache
+def known_gpus() -> tuple[Gpu, ...]:
+    """All GPUs that are known: those with a file of their own, then those of others.yaml."""
+    own = {name: load_gpu(name) for name in NAMES}
+    others = read_mapping(shipped_file("hardware/others.yaml"), "hardware")
+    return (*own.values(), *(replace(own[values["like"]], name=name, **{**values, "names": tuple(values["names"])})
+                             for name, values in others.items()))
 
 
 @cache
@@ -113,16 +132,42 @@ def with_values(reached: Efficiencies, values: Mapping[str, float]) -> Efficienc
 
 
 def find_gpu(text: str) -> Gpu:
-    """The GPU that a free text names, such as "NVIDIA H100 80GB HBM3" or "A100 (SXM)": of several, the one whose
-    pattern takes most of it. ConfigError naming the nearest known ones otherwise."""
-    upper = text.upper()
-    found = [(len(match.group()), name) for name in NAMES if (match := re.search(load_gpu(name).matches, upper))]
-    if not found:
-        near = difflib.get_close_matches(upper, NAMES, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(NAMES)}"
-        raise ConfigError(f"unknown GPU {text!r}: {hint}; to plan for another one, take the known one that is nearest "
-                          "to it")
-    return load_gpu(max(found)[1])
+    """The GPU that a text names as a whole, such as "NVIDIA H100 80GB HBM3" or "A100 (40GB)". ConfigError naming the
+    nearest known ones where there is none: a variant that is not known is another GPU."""
+    words = _words(text)
+    for gpu in known_gpus():
+        if any(set(name.split()) == words for name in gpu.names):
+            return gpu
+    near = [gpu.name for gpu in known_gpus() if any(name.split()[0] in words for name in gpu.names)]
+    near = near or difflib.get_close_matches(text.upper(), [gpu.name for gpu in known_gpus()], n=1, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}" if near else f"known are {', '.join(gpu.name for gpu in known_gpus())}"
+    raise ConfigError(f"unknown GPU {text!r}: {hint}; to plan for another one, take the known one that is nearest to "
+                      "it, or a file that `grn-scale bench gpu --hardware FILE.yaml` measured")
+
+
+def gpu_in(text: str) -> Gpu | None:
+    """The GPU of which a text has the most words among others; None where it names none."""
+    words = _words(text)
+    found = [(len(name.split()), gpu) for gpu in known_gpus() for name in gpu.names if set(name.split()) <= words]
+    return max(found, key=lambda each: each[0])[1] if found else None
+
+
+def says_model(text: str, gpu: Gpu) -> bool:
+    """Whether a text has all words of a GPU's own name."""
+    return _words(gpu.name) <= _words(text)
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 FLOP/s of a GPU by the name that its driver gives, or None where it is not known."""
+    with suppress(ConfigError):
+        return find_gpu(device_name).bf16
+    return None
+
+
+def _words(text: str) -> frozenset[str]:
+    """Words of a GPU's name that tell its model, in capitals; sizes as 80GB."""
+    plain = re.sub(r"(\d+) ?G(I?B)?\b", r"\1GB", text.upper().replace("-", " ").replace("_", " "))
+    return frozenset(word for word in re.findall(r"[A-Z0-9]+", plain) if not _SAYS_NOTHING.fullmatch(word))
 
 
 def _checked(values: dict[str, Any], file: object, names: Iterable[str]) -> dict[str, Any]:

@@ -118,8 +118,9 @@ def _device(found: Measured, rates: Rates) -> Gpu:
     try:
         sheet = find_gpu(found.device)
     except ConfigError:
-        return Gpu(found.device, matches="", architecture=OTHER, memory_gib=found.memory_gib,
-                   bandwidth=rates.bandwidth, bf16=max(rates.matmul_bf16, rates.matmul_fp32), fp8=None, watts=0.0,
+        return Gpu(found.device, names=(), architecture=OTHER, memory_gib=found.memory_gib,
+                   bandwidth=rates.bandwidth, bf16=max(rates.matmul_bf16, rates.matmul_fp32), fp8=None,
+                   fp32=rates.matmul_fp32, watts=0.0,
                    nvlink=0.0, domain=1, nic=0.0, host=rates.bandwidth)
     reached = load_efficiencies()
     return replace(sheet, memory_gib=found.memory_gib, nvlink=sheet.nvlink * reached.nvlink,

@@ -37,7 +37,7 @@ LAZY_ARROWS = {
     "model": {"checkpoint"},
     "tokenizer": {"checkpoint"},
     "planning": {"command_line"},
-    "perf": {"checkpoint", "command_line", "data", "demo", "model", "parallel", "tokenizer"},
+    "perf": {"checkpoint", "command_line", "data", "demo", "model", "parallel", "planning", "tokenizer"},
 }
 """What a folder may import inside a function only."""
 LIBRARIES = {"megatron": "parallel", "deepspeed": "parallel", "wandb": "train"}

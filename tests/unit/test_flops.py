@@ -17,7 +17,7 @@ from grn_scale.config.class_schema import ClassModelConfig
 from grn_scale.config.schema import ModelConfig, ParallelConfig
 from grn_scale.model.sequence import Grid, lay_out
 from grn_scale.model.transformer import GRN, ModelInput
-from grn_scale.perf.flops import hardware_flops, model_flops, peak_flops
+from grn_scale.perf.flops import hardware_flops, model_flops
 
 MODEL = ModelConfig(hidden_size=32, num_layers=3, num_heads=4, ffn_hidden_size=80, num_chunks=1, text_hidden_size=24,
                     latent_channels=3, rounds=2)
@@ -92,11 +92,3 @@ def test_image_flops_are_what_torch_counts():
     found = counted(ClassGRN(model), labels, torch.rand(2), torch.tensor([1, 5]))
     assert found == 2 * image_flops(model)
     assert image_hardware_flops(model) - image_flops(model) == 2 * 32 * (16**2 + 2 * 18**2)
-
-
-@pytest.mark.parametrize(("name", "peak"), [
-    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 NVL", 835e12),
-    ("NVIDIA H200", 989e12), ("NVIDIA GH200 480GB", 989e12), ("NVIDIA GB200", 2500e12),
-    ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA H100 of another kind", None), ("NVIDIA GeForce RTX 9090", None)])
-def test_the_peak_of_a_device_is_known_by_its_name(name, peak):
-    assert peak_flops(name) == peak
