@@ -32,7 +32,8 @@ def test_gpus_are_found_by_free_text(text, name):
 @pytest.mark.parametrize("text, near", [
     ("L40T", "did you mean L40"), ("H100 96GB", "did you mean H100"), ("H200 SXM 282GB", "did you mean H200"),
     ("A100-SXM-64GB", "did you mean A100-40GB or"), ("GH200 144G HBM3e", "did you mean GH200"),
-    ("X1000", "did you mean"), ("NVIDIA H100 of another kind", "did you mean H100"), ("RTX 6000 Ada", "did you mean"), ("CPU", "known are"),
+    ("X1000", "did you mean"),
+    ("NVIDIA H100 of another kind", "did you mean H100"), ("RTX 6000 Ada", "did you mean"), ("CPU", "known are"),
     ("", "known are"), ("A10G", "unknown GPU 'A10G'"), ("NVIDIA GeForce RTX 9090", "unknown GPU"),
     ("A100 (HBM column reaches 78.7 GB)", "did you mean A100-40GB")])
 def test_a_variant_that_is_not_known_is_refused_with_the_nearest(text, near):
