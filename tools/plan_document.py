@@ -12,6 +12,7 @@ from grn_scale.planning.grn_layouts import Layout, legal_layouts
 from grn_scale.planning.grn_machine import Machine
 from grn_scale.planning.grn_memory import StageMemory, step_memory
 from grn_scale.planning.grn_time import StepTime, step_time
+from grn_scale.planning.hardware import load_efficiencies
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -105,7 +106,7 @@ def _assumed(config: Config) -> list[str]:
     assumed = Assumed()
     words = [f"beside tensors: {assumed.context / 1e9:.2f} GB CUDA context, {assumed.workspace / 1e9:.2f} GB "
              f"workspaces, {assumed.communicator / 1e9:.2f} GB for each NCCL communicator, "
-             f"{assumed.fragmentation:.0%} of what comes and goes for the allocator",
+             f"{load_efficiencies().fragmentation:.0%} of what comes and goes for the allocator",
              f"every pack is full; in memory one video with a caption of {config.text.max_tokens} tokens, in time "
              f"clips of tokenize.max_frames={config.tokenize.max_frames}, "
              f"tokenize.latent_side={config.tokenize.latent_side}",

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from grn_scale.config.schema import Config
 from grn_scale.planning.grn_memory import StageMemory
+from grn_scale.planning.hardware import load_efficiencies
 
 MIB = 1 << 20
 
@@ -25,8 +26,6 @@ class Assumed:
     """cuBLAS asks for 32 MiB a stream on Hopper (cuBLAS manual, cublasSetWorkspace); computation and communication."""
     communicator: int = 256 * MIB
     """NCCL's buffers of one communicator: 4 MiB (NCCL_BUFFSIZE) x 2 directions x up to 32 channels."""
-    fragmentation: float = 0.05
-    """Share of activations and buffers that the caching allocator holds beyond what is asked for."""
 
 
 TEXT_ENCODER = {"layers": 24, "width": 4096, "inner": 10240}
@@ -61,7 +60,7 @@ def budget(config: Config, world_size: int, processes_per_node: int, memory: Sta
     beside = {"text encoder": text_encoder_bytes(config, processes_per_node),
               "communication": assumed.communicator * sum(size > 1 for size in groups),
               "context": assumed.context + assumed.workspace,
-              "fragmentation": math.ceil(assumed.fragmentation * moving)}
+              "fragmentation": math.ceil(load_efficiencies().fragmentation * moving)}
     always = beside["text encoder"] + beside["context"]
     on_gpu = sum(sizes[name] for name in ("weights", "optimizer", "average"))
     phases = {
