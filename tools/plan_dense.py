@@ -14,7 +14,7 @@ from typing import Any
 from grn_scale.errors import ConfigError
 from grn_scale.planning.flops import Convention, attention_forward, counted
 from grn_scale.planning.grn_budget import Assumed
-from grn_scale.planning.grn_machine import GIB, MOST_IN_A_NODE, with_network
+from grn_scale.planning.grn_machine import GIB
 from grn_scale.planning.hardware import find_gpu, load_efficiencies
 from grn_scale.planning.layout import SHORT, Layout, Software, goes_into
 from grn_scale.planning.memory import memory
@@ -142,10 +142,8 @@ class DenseMachine:
     @classmethod
     def find(cls, run: DenseRun, gpu: str, nodes: int, gpus_per_node: int, network: float | None) -> DenseMachine:
         """Arguments as of `find_machine`; ConfigError where nobody knows the GPU, or it has no fp8."""
-        sheet, reached = with_network(find_gpu(gpu), network), load_efficiencies()
+        sheet, reached = find_gpu(gpu).at_site(network, gpus_per_node), load_efficiencies()
         sheet.peak(run.precision == "fp8")
-        if sheet.domain <= MOST_IN_A_NODE:
-            sheet = replace(sheet, domain=gpus_per_node)
         newest = f"{sheet.architecture}_cudnn" in reached.attention
         return cls(Machine(sheet, reached), nodes, gpus_per_node, Software(
             attention="cudnn" if newest else "fa2", fp8=run.precision == "fp8", diffusion=run.diffusion))

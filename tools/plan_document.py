@@ -73,7 +73,7 @@ def layout_text(config: Config, machine: Machine) -> str:
 def remedies(config: Config, machine: Machine) -> dict[str, Any]:
     """The nearest layouts that fit, and the one that takes least, as fields of the verdict."""
     found: list[tuple[Layout, int]] = [(layout, most_bytes(layout.config, machine))
-                                       for layout in legal_layouts(config, machine.gpus, machine.reach)]
+                                       for layout in legal_layouts(config, machine.gpus, machine.gpu.domain)]
     fitting = sorted((each for each in found if each[1] <= machine.limit),
                      key=lambda each: (each[0].distance, -each[1]))
     least = min(found, key=lambda each: each[1], default=None)

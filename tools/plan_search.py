@@ -52,7 +52,7 @@ def ranked(config: Config, machine: Machine, tokens: float | None = None,
     if not isinstance(config.model, ModelConfig):
         raise ConfigError("the model is a class-to-image model, which every process holds whole: there is no layout to "
                           "search; name a text/video model, e.g. model=configs/model/grn_2b.yaml")
-    legal, found = list(legal_layouts(config, machine.gpus, machine.reach)), []
+    legal, found = list(legal_layouts(config, machine.gpus, machine.gpu.domain)), []
     for layout in legal:
         size = most_bytes(layout.config, machine)
         if size <= machine.limit:

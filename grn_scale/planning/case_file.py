@@ -16,7 +16,7 @@ from typing import Any
 from grn_scale.errors import UserError
 
 _WHOLE = ("n_gpus", "layers", "hidden", "heads", "kv_heads", "ffn", "seq_len", "vocab", "micro_batch", "global_batch",
-          "tp", "pp", "vpp", "cp", "dp")
+          "tp", "pp", "vpp", "cp", "dp", "gpus_per_node")
 _SHARES = ("mfu", "hfu")
 _PUBLISHED = ("tokens_per_s_per_gpu", "step_time_s", "measured_tflops_per_gpu", *_SHARES, "memory_gb")
 _NULL = {"", "-", "?", "null", "none", "n/a", "na", "nan", "unknown", "not stated"}
@@ -72,7 +72,7 @@ def _meant(case: Any, number: int) -> dict[str, Any]:
     read(["params_b"], lambda value: count / 1e9 if (count := _positive(value)) > BILLIONS else count)
     if isinstance(case.get("memory_gb"), str) and "gib" in case["memory_gb"].lower():
         meant["memory_kind"] = f"{case.get('memory_kind') or ''} GiB"
-    read(_PUBLISHED, _positive)
+    read((*_PUBLISHED, "network_gbits"), _positive)
     read(_SHARES, lambda value: value / 100 if value > 1.5 else value)
     read(["causal", "sp"], _flag)
     read(["ulysses"], _degree)

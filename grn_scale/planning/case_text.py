@@ -89,7 +89,7 @@ def published_in(case: Mapping[str, Any]) -> tuple[int, int] | None:
 def own_hardware(gpu: Gpu, text: str) -> tuple[Gpu, float | None, list[str]]:
     """The GPU with memory, bandwidth and power limit that the words state, the limit in watts, and what was read."""
     said = []
-    if match := re.search(r"(\d+(?:\.\d+)?) ?tb/s", text):
+    if match := re.search(r"hbm\w*\W{0,3}(\d+(?:\.\d+)?) ?tb/s", text):
         gpu = replace(gpu, bandwidth=float(match[1]) * 1e12)
         said.append(f"bandwidth {match[1]} TB/s")
     if match := re.search(r"\b(\d{2,3}) ?gb hbm", text):

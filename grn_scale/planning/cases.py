@@ -74,7 +74,8 @@ def _machine(case: Mapping[str, Any], reached: Efficiencies, text: str, assumed:
     gpu, watts, said = case_text.own_hardware(gpu, text)
     if said:
         assumed["hardware"] = f"{', '.join(said)}: from the notes"
-    return Machine(gpu, reached, watts)
+    network = case["network_gbits"] / 8 * 1e9 if case.get("network_gbits") else None
+    return Machine(gpu.at_site(network, case.get("gpus_per_node")), reached, watts)
 
 
 def _gpus(case: Mapping[str, Any], assumed: dict[str, str]) -> Mapping[str, Any]:

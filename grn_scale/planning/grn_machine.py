@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from grn_scale.config.schema import Config
@@ -11,8 +11,6 @@ from grn_scale.planning.communication import Group, group
 from grn_scale.planning.hardware import Efficiencies, Gpu, find_gpu, load_efficiencies
 
 GIB = 1 << 30
-MOST_IN_A_NODE = 16
-"""GPUs of one board at most; a larger NVLink domain spans nodes (NVL72)."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +18,7 @@ class Machine:
     """`nodes` equal nodes. Rates are a second, and what is reached, not what the data sheet says."""
 
     gpu: Gpu
+    """Whose `domain` is the node, or the rack that NVLink joins."""
     nodes: int
     gpus_per_node: int
     matmul: float
@@ -56,14 +55,9 @@ class Machine:
         """Bytes of a GPU that a plan may fill."""
         return int(self.memory * self.reached.filled)
 
-    @property
-    def reach(self) -> int:
-        """Neighbouring ranks that NVLink joins: those of a node, or of a rack."""
-        return self.gpu.domain if self.gpu.domain > MOST_IN_A_NODE else self.gpus_per_node
-
     def group(self, ranks: int, stride: int) -> Group:
         """`ranks` ranks that are `stride` apart."""
-        return group(replace(self.gpu, domain=self.reach), self.reached, ranks, stride)
+        return group(self.gpu, self.reached, ranks, stride)
 
     def assumed(self) -> list[str]:
         """What the rates are, in words."""
@@ -81,16 +75,11 @@ class Machine:
 
     def _links(self) -> list[str]:
         near, far = self.gpu.nvlink * self.reached.nvlink / 1e9, self.gpu.nic * self.reached.nic / 1e9
-        inside = f"a process sends {near:.3g} GB/s to the {self.reach} of its node or rack"
+        inside = f"a process sends {near:.3g} GB/s to the {self.gpu.domain} of its node or rack"
         if self.nodes == 1:
             return [inside] if self.gpus_per_node > 1 else []
         return [f"{inside} and {far:.3g} GB/s to others; {self.waiting:.1%} of a step is added for {self.nodes} nodes "
                 "that wait for each other"]
-
-
-def with_network(sheet: Gpu, network: float | None) -> Gpu:
-    """The GPU with a site's bytes a second to other nodes in place of what is usual for it."""
-    return replace(sheet, nic=network) if network else sheet
 
 
 def find_machine(config: Config, gpu: str, nodes: int, gpus_per_node: int, network: float | None = None) -> Machine:
@@ -103,7 +92,7 @@ def find_machine(config: Config, gpu: str, nodes: int, gpus_per_node: int, netwo
         from grn_scale.planning.measured import measured_machine
 
         return measured_machine(Path(gpu), nodes, gpus_per_node)
-    sheet, reached = with_network(find_gpu(gpu), network), load_efficiencies()
+    sheet, reached = find_gpu(gpu).at_site(network, gpus_per_node), load_efficiencies()
     forward, backward = reached.attention[_attention(config.kernels.attention, sheet, tuple(reached.attention))]
     eager = config.kernels.compile == "never"
     return Machine(

@@ -19,6 +19,9 @@ _SAYS_NOTHING = re.compile(r"NVIDIA|AMD|INSTINCT|GEFORCE|TESLA|GOOGLE|CLOUD|INTE
                            r"SXM\d?|HBM\d?E?|AMPERE|HOPPER|BLACKWELL|\d+X|X\d+")
 """Words of a GPU's name that tell no model: makers, modules, kinds of memory, counts."""
 
+MOST_IN_A_NODE = 16
+"""GPUs of one board at most; a larger NVLink domain spans nodes."""
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -50,6 +53,12 @@ class Gpu:
         if self.fp8 is None:
             raise ConfigError(f"{self.name} has no FP8 tensor cores: take bf16, or a GPU of Hopper or later")
         return self.fp8
+
+    def at_site(self, network: float | None, gpus_per_node: int | None) -> Gpu:
+        """With a site's bytes a second to other nodes, and its GPUs of a node; None: what is usual for it. An NVLink
+        domain that spans nodes (NVL72) stays."""
+        inside = gpus_per_node if gpus_per_node and self.domain <= MOST_IN_A_NODE else self.domain
+        return replace(self, nic=network or self.nic, domain=inside)
 
 
 @dataclass(frozen=True)

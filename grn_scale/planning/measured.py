@@ -88,7 +88,7 @@ def measured_machine(path: Path, nodes: int, per_node: int) -> Machine:
     data sheet tells."""
     found, reached = read_measured(path), load_efficiencies()
     rates = found.near(nodes * per_node)
-    gpu = _device(found, rates)
+    gpu = _device(found, rates).at_site(None, per_node)
     inside = found.linked(lambda entry: entry.nodes == 1, per_node)
     outside = found.linked(lambda entry: entry.nodes > 1, nodes * per_node)
     if inside:

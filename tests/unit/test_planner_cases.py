@@ -45,6 +45,13 @@ def test_published_runs_are_predicted_within_the_bounds(document):
     assert sorted(summary["order"].values())[1] >= 0.79 and min(summary["order"].values()) >= 0.6
 
 
+def test_runs_that_nothing_was_fitted_on_are_predicted_where_they_are_tuned():
+    document = judge(read_cases(ROOT / "docs/benchmarks/unseen_runs.json"), REACHED)
+    assert document["summary"]["counts"]["skipped"] == 0
+    tuned = [abs(row["error"]) for row in document["cases"] if row["source"].startswith("NeMo")]
+    assert len(tuned) == 18 and max(tuned) <= 0.25
+
+
 def test_a_case_has_one_row_of_throughput_and_one_of_memory(document):
     rows = [row for row in document["cases"] if row["name"] == "torchtitan-8B-8gpu-fsdp"]
     assert [row["quantity"] for row in rows] == ["tokens_per_s_per_gpu", "memory_gb"]
@@ -103,6 +110,18 @@ def test_dates_and_words_choose_the_software():
 def test_hardware_of_its_own_is_read_from_the_notes():
     gpu, watts, said = own_hardware(load_gpu("H100"), "h100 sxm 96gb hbm2e 2.4tb/s, 500w power limit")
     assert (gpu.memory_gib, gpu.bandwidth, watts, len(said)) == (96, 2.4e12, 500, 3)
+
+
+def test_a_network_in_the_notes_is_no_memory_bandwidth():
+    assert own_hardware(load_gpu("H100"), "8 x 400 gb/s infiniband, 3.2 tb/s a node")[2] == []
+
+
+def test_a_case_states_its_network_and_nodes(tmp_path):
+    plain = tmp_path / "cases.json"
+    plain.write_text(json.dumps({"cases": [{**LLAMA, "network_gbits": "100", "gpus_per_node": 4}, LLAMA]}))
+    stated, usual = (complete_case(case, REACHED).machine.gpu for case in read_cases(plain))
+    assert (stated.nic, stated.domain) == (12.5e9, 4)
+    assert (usual.nic, usual.domain) == (load_gpu("H100").nic, load_gpu("H100").domain)
 
 
 @pytest.mark.parametrize("text, found", [
