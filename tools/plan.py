@@ -179,8 +179,8 @@ def main(argv: list[str]) -> int:
     if argv and argv[0] in ACTIONS:
         return importlib.import_module(ACTIONS[argv[0]]).main(argv[1:])
     if argv and argv[0].isalpha():
-        raise ConfigError(f"grn-scale plan {argv[0]}: {nearest(argv[0], ACTIONS)} Without one, give options: grn-scale "
-                          "plan --help")
+        raise ConfigError(f"grn-scale plan {argv[0]}: {nearest(argv[0], ACTIONS)} (a plan itself takes options "
+                          "alone: grn-scale plan --help)")
     return plan(argv)
 
 
