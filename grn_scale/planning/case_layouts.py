@@ -34,9 +34,9 @@ def _divisors(number: int, most: int) -> list[int]:
     return [each for each in range(1, min(number, most) + 1) if number % each == 0]
 
 
-def layouts(case: Mapping[str, Any], shape: Shape, chosen: Software, text: str,
-            most: float) -> Iterator[Layout]:
-    """All layouts that agree with what the case states."""
+def layouts(case: Mapping[str, Any], shape: Shape, chosen: Software, text: str, most: float,
+            mixed: bool) -> Iterator[Layout]:
+    """All layouts that agree with what the case states; mixed: what is fully sharded may be split otherwise, too."""
     gpus = case["n_gpus"]
     offload = "offload" in text
     ulysses = bool(case.get("ulysses")) or "ulysses" in text
@@ -44,7 +44,7 @@ def layouts(case: Mapping[str, Any], shape: Shape, chosen: Software, text: str,
     zero, _ = case_text.zero_stage(case, chosen.attention == "unfused")
     stated = case_text.recompute(case.get("recompute"))
     kinds = [stated] if stated else [("none", 1.0), ("full", 1.0)] + [("full", share) for share in SHARES if not fsdp]
-    splits = list(_splits(case, shape, gpus, zero == 3))
+    splits = list(_splits(case, shape, gpus, zero == 3 and not mixed))
     pipelined = any(pp > 1 for _, pp, _ in splits)
     for tp, pp, cp in splits:
         dp = max(1, gpus // (tp * pp * cp))
@@ -101,9 +101,11 @@ def _batches(case: Mapping[str, Any], dp: int, pp: int, gathered: bool, pipeline
     if micro is None and batch is not None and pp > 1 and gathered:
         micro = max(1, batch // dp // pp)  # torchtitan cuts a rank's batch into as many as there are stages
     even = batch is None or batch % dp == 0  # else the batch is rounded in print, or the last one is not full
+    most = max(1, int(BATCH_TOKENS / (sequence * dp)))  # without a batch, the larger of a usual one and one sequence
     tuned = [each for each in MICRO_BATCHES
-             if batch is None or (batch % (each * dp) == 0 if even else each * dp <= batch)]
+             if (each <= most if batch is None else batch % (each * dp) == 0 if even else each * dp <= batch)]
     micros = [micro] if micro else tuned if sequence < LONG_SEQUENCE and tuned else [1]
     for each in micros:
-        many = max(pp, round(BATCH_TOKENS / (sequence * each * dp))) if pipelined else 1
+        usual = round(BATCH_TOKENS / (sequence * each * dp)) if pipelined and not gathered else 1
+        many = max(pp, usual)
         yield each, batch or each * dp * many

@@ -22,6 +22,9 @@ from grn_scale.planning.memory import GIB, memory
 from grn_scale.planning.shape import Shape, complete, gpt3_size
 from grn_scale.planning.step_time import Machine, step_time
 
+MEMORY_ERROR = 0.1
+"""Share of a GPU's memory by which a split that ran may seem to be too large for it."""
+
 
 class NotJudged(Exception):
     """A case that the model has no honest default for; the text says what is missing."""
@@ -53,12 +56,15 @@ def complete_case(case: Mapping[str, Any], reached: Efficiencies) -> Case:
         if reason:
             assumed[field] = reason
     found = None
-    for layout in layouts(case, shape, chosen, text, machine.gpu.memory_gib * GIB):
-        held = memory(shape, layout, chosen).total
-        over = max(0.0, held / (reached.filled * machine.gpu.memory_gib * GIB) - 1)
-        seconds = step_time(shape, layout, chosen, machine).total / layout.global_batch
-        if found is None or (over, seconds) < found[0]:
-            found = (over, seconds), layout
+    for mixed in (False, True):
+        for layout in layouts(case, shape, chosen, text, machine.gpu.memory_gib * GIB, mixed):
+            held = memory(shape, layout, chosen).total
+            over = max(0.0, held / (reached.filled * machine.gpu.memory_gib * GIB) - 1)
+            seconds = step_time(shape, layout, chosen, machine).total / layout.global_batch
+            if found is None or (over, seconds) < found[0]:
+                found = (over, seconds), layout
+        if found and found[0][0] <= MEMORY_ERROR:
+            break  # it ran, so a simpler split is believed where it may have fit
     assert found is not None  # there is always one layout at least
     (over, _), layout = found
     _name_layout(case, layout, over, chosen.attention == "unfused", assumed)

@@ -20,6 +20,9 @@ LOSS_BYTES = {"torch": 12, "megatron": 6}
 """Of a logit. PyTorch: in bf16, in fp32, as logarithm of its probability, and the gradient in bf16. Megatron's
 vocabulary-parallel loss: in bf16, and in fp32, which the gradient overwrites. Chosen on torchtitan-8B-8gpu-fsdp8-cp1
 and fpdt-llama3-8B-ul-z3."""
+LIVE, BUCKET = 1e9, 5e8
+"""Parameters that ZeRO-3 keeps whole, and gradients that it reduces together, or one tensor that is larger: defaults of
+DeepSpeed's `stage3_max_live_parameters` and `reduce_bucket_size` (deepspeed.ai, configuration)."""
 TILE = 16
 """Pieces of a tiled MLP and loss, at least."""
 
@@ -133,7 +136,11 @@ def _states(shape: Shape, layout: Layout, software: Software, parameters: float)
         weight, master = (4, 8) if layout.fsdp else (2, 12)
         gradient = 16 - weight - master
         layer = shape.layer_parameters / layout.tp
-        gathered = 2 * 2 * max(layer, shape.embedding / layout.tp) + 4 * layer
+        if layout.fsdp:  # two layers, or a layer and the embedding, and a layer's gradients
+            gathered = 2 * 2 * max(layer, shape.embedding / layout.tp) + 4 * layer
+        else:
+            widest = max(shape.hidden * shape.ffn, shape.embedding) / layout.tp
+            gathered = 2 * max(LIVE, widest) + 2 * max(BUCKET, widest)
         if layout.pp > 1:  # gathered once a step, and gradients summed whole, not again for each micro-batch
             gathered = (2 + 4) * parameters
         weights, gradients, optimizer = (parameters * each / layout.shards for each in (weight, gradient, master))

@@ -124,6 +124,21 @@ def test_a_case_states_its_network_and_nodes(tmp_path):
     assert (usual.nic, usual.domain) == (load_gpu("H100").nic, load_gpu("H100").domain)
 
 
+def test_sharded_runs_are_split_further_only_where_they_could_not_have_fit():
+    large = complete_case(changed(CASES["torchtitan-405B-512gpu-4d-cp2"], tp=None, dp=None), REACHED)
+    assert large.layout.tp > 1 and "the fastest that fits" in large.assumed["tp"]
+    small = complete_case(changed(CASES["torchtitan-8B-8gpu-fsdp"], tp=None, pp=None, dp=None), REACHED)
+    assert (small.layout.tp, small.layout.pp, small.layout.dp) == (1, 1, 8)
+
+
+def test_a_batch_that_is_not_stated_is_one_that_people_take():
+    gap = dict.fromkeys(("global_batch", "micro_batch", "dp"))
+    wide = complete_case(changed(CASES["zero3-a100-174.6B-1536gpu"], **gap), REACHED).layout
+    assert (wide.micro_batch, wide.global_batch) == (1, 1536)  # 3.1 million tokens
+    piped = complete_case(changed(CASES["torchtitan-405B-512gpu-1f1b"], **gap), REACHED).layout
+    assert piped.micro_batches == piped.pp
+
+
 @pytest.mark.parametrize("text, found", [
     (None, None), ("none", ("none", 1.0)), ("full", ("full", 1.0)), ("selective (attention core)", ("selective", 1.0)),
     ("selective (per-op SAC)", ("operators", 1.0)), ("75% of layers checkpointed", ("full", 0.75)),
