@@ -140,7 +140,7 @@ def _states(shape: Shape, layout: Layout, software: Software, parameters: float)
             gathered = 2 * 2 * max(layer, shape.embedding / layout.tp) + 4 * layer
         else:
             widest = max(shape.hidden * shape.ffn, shape.embedding) / layout.tp
-            gathered = 2 * max(LIVE, widest) + 2 * max(BUCKET, widest)
+            gathered = sum(2 * max(widest, min(parameters, most)) for most in (LIVE, BUCKET))
         if layout.pp > 1:  # gathered once a step, and gradients summed whole, not again for each micro-batch
             gathered = (2 + 4) * parameters
         weights, gradients, optimizer = (parameters * each / layout.shards for each in (weight, gradient, master))
