@@ -26,7 +26,7 @@ def cancel(submission: Submission, *, now: bool) -> tuple[list[Entry], list[Entr
         raise UserError(f"nothing is cancelled, as Slurm cannot be asked ({queue.problem}); but the job will not go "
                         f"back into the queue, by the mark {mark}. Run this on a login node")
     if not queue.active:
-        if not marked:
+        if not marked and submission.job_ids:  # one without a number may be in the queue: sbatch had no answer
             mark.unlink(missing_ok=True)
         return [], []
     # Those that wait go first: the end of the job before would start them.
@@ -79,8 +79,12 @@ def main(argv: list[str]) -> int:
     if saving:
         print("`grn-scale slurm status` tells when it has; `grn-scale slurm cancel --now` does not wait for it")
     if not removed and not saving:
-        print(f"nothing to cancel: Slurm has no job of {submission.folder} (any more); `grn-scale slurm status` tells "
-              "how it ended")
+        if submission.job_ids:
+            print(f"nothing to cancel: Slurm has no job of {submission.folder} (any more); `grn-scale slurm status` "
+                  "tells how it ended")
+        else:
+            print(f"no number of a job is in {submission.folder}: where sbatch got no answer and Slurm has one all the "
+                  f"same, it will not start its work, by the mark {submission.folder / CANCELLED}")
     return 0
 
 

@@ -85,6 +85,23 @@ class _Scene:
         """By Slurm, before the batch script itself put the job back into the queue: it tells of that, too."""
         return list(events(self.part.partition(GOES_BACK)[0]))
 
+    @cached_property
+    def errors(self) -> dict[int, list[LogError]]:
+        """In the log of each process, in order."""
+        with ThreadPoolExecutor(READERS) as pool:  # a thousand logs on a parallel file system
+            return dict(zip(self.logs, pool.map(lambda path: log_errors.errors(_tail(path)), self.logs.values())))
+
+    @cached_property
+    def last(self) -> dict[int, LogError]:
+        """Of each process that told one, its last error."""
+        return {rank: errors[-1] for rank, errors in self.errors.items() if errors}
+
+    @cached_property
+    def own(self) -> LogError | None:
+        """The first error in the batch script's log: of what could not even be started."""
+        return next((error for error in log_errors.errors(self.part)
+                     if error.kind == OWN and not any(events(f"srun: error: {error.line}"))), None)
+
     def told_of(self, *kinds: str) -> Event | None:
         return next((event for event in self.told if event.kind in kinds), None)
 
@@ -135,8 +152,10 @@ def _preflight(scene: _Scene) -> Diagnosis | None:
         return None
     results = {node: folder / f"{node}.json" for node in failed}
     first = results[failed[0]]
-    return Diagnosis(f"the preflight failed on {', '.join(failed)}, before any process was started", node=failed[0],
-                     log=first if first.exists() else folder,
+    what = f"the preflight failed on {', '.join(failed)}, before any process was started"
+    if not first.exists() and scene.own:  # it could not even be started
+        return Diagnosis(f"{what}: {scene.own.line}", node=failed[0], log=scene.batch, text=scene.own.text)
+    return Diagnosis(what, node=failed[0], log=first if first.exists() else folder,
                      text="\n".join(f"{node}: {_preflight_of(path)}" for node, path in results.items()))
 
 
@@ -183,9 +202,7 @@ def _asked(scene: _Scene) -> Diagnosis:
 
 def _by_errors(scene: _Scene) -> Diagnosis | None:
     """By the last errors in the logs of the processes; None where they tell none, or Slurm tells more."""
-    with ThreadPoolExecutor(READERS) as pool:  # a thousand logs on a parallel file system
-        found = dict(zip(scene.logs, pool.map(lambda path: log_errors.errors(_tail(path)), scene.logs.values())))
-    last = {rank: errors[-1] for rank, errors in found.items() if errors}
+    found, last = scene.errors, scene.last
     hangs = [error for error in last.values() if error.kind == HANGS]
     if hangs:
         return Diagnosis(hangs[0].line, hangs[0].rank, hangs[0].node, scene.logs.get(hangs[0].rank), hangs[0].text)
@@ -227,20 +244,24 @@ def _by_events(scene: _Scene, *kinds: str) -> Diagnosis | None:
     event = next((event for kind in kinds if (event := scene.told_of(kind))), None)
     if event is None:
         return None
+    if event.kind == "task":  # one that only lost contact ended because of another
+        event = next((each for each in scene.told if each.kind == "task" and each.rank not in scene.last), event)
     if event.rank is None:
         return Diagnosis(event.what, node=event.node, log=scene.batch, text=_end(scene))
     what = KILLED_FOR_MEMORY if any(each.memory for each in scene.told) else event.what
     words = f"{what} without a word of its own"
-    if event.rank not in scene.logs:  # it failed before it had a log, and spoke to srun
-        words = next((f"failed: {error.line}" for error in log_errors.errors(scene.part) if error.kind == OWN), words)
+    if event.rank in scene.last:
+        words = f"{what}: {scene.last[event.rank].line}"
+    elif event.rank not in scene.logs and scene.own:  # it failed before it had a log, and spoke to srun
+        words = f"failed: {scene.own.line}"
     return Diagnosis(f"{_who(event.rank, event.node)} {words}", event.rank, event.node,
                      scene.logs.get(event.rank, scene.batch), _end(scene))
 
 
 def _without_reason(scene: _Scene) -> Diagnosis:
     code = scene.start.code
-    return Diagnosis(f"it ended with exit code {code} ({in_words(code)}), and no log says why", log=scene.batch,
-                     text=_end(scene))
+    why = f": {scene.own.line}" if scene.own and not scene.logs else ", and no log says why"
+    return Diagnosis(f"it ended with exit code {code} ({in_words(code)}){why}", log=scene.batch, text=_end(scene))
 
 
 def _without_end(scene: _Scene, slurm: str) -> Diagnosis:

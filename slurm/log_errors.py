@@ -16,7 +16,8 @@ LONGEST_LINES = 60
 
 _PREFIX = re.compile(r"^\[rank\d+\]: ?")
 """torch's, on each line of a traceback."""
-_ERROR = re.compile(r"^(?:\[rank \d+\] )?error: (?P<text>.*)")
+_ERROR = re.compile(r"^(?:\[rank \d+\] |[\d:T-]+Z |srun: )?error: (?P<text>.*)")
+"""Of a process; of the batch script, behind a time; of srun."""
 _TRACEBACK = re.compile(r"^\s*(?:\+ )?(?:Exception Group )?Traceback \(most recent call last\):")
 _CHAIN = ("During handling of the above exception", "The above exception was the direct cause")
 _NATIVE = re.compile(r"Fatal Python error: |^Timeout \(\d+:\d\d:\d\d|terminate called |\bSegmentation fault\b|"

@@ -74,7 +74,7 @@ class Submission:
     def job_ids(self) -> list[str]:
         """Slurm's numbers of its jobs, those of a chain in order; empty where sbatch has not answered."""
         path = self.folder / JOB_IDS
-        lines = path.read_text(encoding="utf-8").split() if path.is_file() else []
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         return list(dict.fromkeys(line for line in lines if line.isdecimal()))  # the script may have been quicker
 
     @property

@@ -25,10 +25,11 @@ _SET_BY = {"job-name": "--name", "output": "--records", "wait": "--wait", "array
            "signal": "signal_seconds in the cluster file", "export": "environment in the cluster file",
            "requeue": "requeue in the cluster file", "no-requeue": "requeue in the cluster file",
            **dict.fromkeys(("chdir", "open-mode", "ntasks", "ntasks-per-node", "ntasks-per-gpu", "error", "input",
-                            "wrap", "parsable", "test-only", "kill-on-invalid-dep"), "")}
+                            "wrap", "parsable", "test-only", "kill-on-invalid-dep", "clusters"), "")}
 """Options of sbatch that always follow from something else, and from what; or that would break the job."""
 _SRUN_SETS = {"export", "nodes", "ntasks", "ntasks-per-node", "cpus-per-task", "kill-on-bad-exit", "time", "output",
-              "error", "container-image", "container-mounts", "container-workdir", "container-env"}
+              "error", "input", "label", "chdir", "gpus-per-task", "container-image", "container-mounts",
+              "container-workdir", "container-env"}
 _PLAIN = re.compile(r"[A-Za-z0-9_./:@%+=,-]+")
 _LINE_CHARACTERS = 118
 
@@ -97,7 +98,8 @@ def batch_script(job: Job) -> str:
     shell = "#!/bin/bash -l" if job.cluster.modules else "#!/bin/bash"  # a login shell knows `module`
     lines = [shell, *(f"#SBATCH {option}" for option in sbatch_options(job)),
              f"# Written by grn_scale {__version__}: `grn-scale slurm {job.kind}`.",
-             "# shellcheck disable=SC2016,SC2317  # what is quoted stays as it is; traps call functions", ""]
+             "# shellcheck disable=SC2016,SC2317  # what is quoted stays as it is; traps call functions", "",
+             "asked=0", "trap asked=1 USR2 TERM  # until there is something to stop"]
     lines += ["lost_module=", *(f"module load {name} || lost_module={name}"
                                 for name in map(shlex.quote, job.cluster.modules))]
     lines += ["set -uo pipefail", *(f"export {name}={value}" for name, value in _variables(job)), ""]

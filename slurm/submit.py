@@ -37,6 +37,8 @@ from grn_scale.slurm.waiting import wait_for
 CLUSTER_VARIABLE = "GRN_SCALE_CLUSTER"
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
 _NAME_CHARACTERS = 64
+_PARSABLE = re.compile(r"\d+(;\S+)?")
+"""What `sbatch --parsable` prints: number, cluster."""
 STARTING_SECONDS = 60
 """What a job needs at least before it can save."""
 
@@ -71,7 +73,8 @@ def job_of(request: Request, cluster: Cluster, options: argparse.Namespace) -> J
     """The job with everything derived: number of processes, folders, mounts. ConfigError where options contradict each
     other or the cluster."""
     gpus = cluster.gpus_per_node if options.gpus_per_node is None else options.gpus_per_node
-    gpus = 0 if request.kind == "convert" else gpus
+    if request.kind == "convert" and options.gpus_per_node is None:
+        gpus = 0
     shares = gpus or cluster.processes_per_node or int(request.alone)
     if shares < 1:
         raise ConfigError(f"the cluster {cluster.name} says neither gpus_per_node nor processes_per_node: add one to "
@@ -121,7 +124,7 @@ def job_of(request: Request, cluster: Cluster, options: argparse.Namespace) -> J
         account=options.account or cluster.account,
         python=sys.executable if container.runtime == "none" else container.python,
         mounts=() if container.runtime == "none" else mounts_of(
-            request, records, working, (*container.mounts, *filter(None, [cluster.scratch]))),
+            request, records, working, (*container.mounts, *filter(None, [cluster.scratch])), container.runtime),
         # where processes have to meet; a worker of tokenization fails alone, and soon
         config=records / CONFIG if request.kind in ("train", "evaluate") and cluster.preflight and not
         options.no_preflight else None,
@@ -129,7 +132,7 @@ def job_of(request: Request, cluster: Cluster, options: argparse.Namespace) -> J
         exclude_failed=options.exclude_failed_nodes, torchrun=options.torchrun, sbatch=tuple(options.sbatch))
 
 
-def mounts_of(request: Request, records: Path, working: Path, site: tuple[str, ...]) -> tuple[str, ...]:
+def mounts_of(request: Request, records: Path, working: Path, site: tuple[str, ...], runtime: str) -> tuple[str, ...]:
     """What a container must see, each folder once and none inside another: the site's mounts, the working folder, the
     output, and every path that the command names."""
     named = [*map(Path, request.paths()), records.parent.parent, working]
@@ -142,10 +145,13 @@ def mounts_of(request: Request, records: Path, working: Path, site: tuple[str, .
     for mount in found:
         if not any(mount == other or mount.startswith(f"{other.rstrip('/')}/") for other in kept if ":" not in other):
             kept.append(mount)
+    meaning, words = ",\n", "commas, colons and line breaks"
+    if runtime == "pyxis":  # which writes them as lines of an fstab, for enroot
+        meaning, words = f"{meaning} \t$\\#", f"{words}, with pyxis blanks, $, # and backslashes, too,"
     for mount in kept:
-        if any(character in mount for character in ",\n") or (":" in mount and mount not in site) or mount == "/":
-            raise ConfigError(f"{mount!r} cannot be mounted into a container: the root would hide the "
-                              "image, and commas, colons and line breaks mean something else there; use another folder")
+        if any(character in mount for character in meaning) or (":" in mount and mount not in site) or mount == "/":
+            raise ConfigError(f"{mount!r} cannot be mounted into a container: the root would hide the image, and "
+                              f"{words} mean something else there; use another folder")
     return tuple(kept)
 
 
@@ -177,15 +183,31 @@ def submit(job: Job, script: str, files: Mapping[str, str]) -> list[str]:
         done = subprocess.run(["sbatch", "--parsable", *after, str(job.records / SCRIPT)], capture_output=True,
                               text=True, check=False, env=_environment())
         if done.returncode:
-            raise UserError(f"sbatch refused the job: {done.stderr.strip()}"
+            raise UserError(f"{_refusal(job, done.stderr.strip())}"
                             + (f"; {len(numbers)} jobs of the chain are submitted: {' '.join(numbers)}" if numbers else
                                f"; what it got is {job.records / SCRIPT}"))
-        numbers.append(done.stdout.strip().partition(";")[0])
+        numbers.append(_number_of(done.stdout, job))
         append_line(job.records / JOB_IDS, numbers[-1])
     log.info("job %s: %d processes on %d nodes; look at it with `grn-scale slurm status %s`", " ".join(numbers),
              job.processes, job.nodes, job.run)
     print(" ".join(numbers))
     return numbers
+
+
+def _refusal(job: Job, said: str) -> str:
+    if "timed out" in said.lower():
+        return (f"sbatch got no answer ({said}), and Slurm may have the job all the same: look with `squeue --me "
+                f"--name={job.name}` before you submit again; `grn-scale slurm cancel {job.run}` stops it")
+    return f"sbatch refused the job: {said}"
+
+
+def _number_of(said: str, job: Job) -> str:
+    """The job's number in what sbatch printed, behind what a site's own sbatch may say. UserError where it has none."""
+    numbers = [line.partition(";")[0] for line in said.splitlines() if _PARSABLE.fullmatch(line)]
+    if not numbers:
+        raise UserError(f"sbatch took the job but gave no number: {said.strip()!r}; look for it with `squeue --me "
+                        f"--name={job.name}`")
+    return numbers[-1]
 
 
 def _environment() -> dict[str, str]:
@@ -262,7 +284,7 @@ def _parser(kind: str) -> CommandParser:
                         "exit code")
     parser.add_argument("--cluster", metavar="FILE", help=f"facts of the site (default: ${CLUSTER_VARIABLE})")
     parser.add_argument("--nodes", type=_positive, default=1, metavar="N")
-    parser.add_argument("--gpus-per-node", type=int, metavar="G", help="default: what the cluster file says")
+    parser.add_argument("--gpus-per-node", type=_count, metavar="G", help="default: what the cluster file says")
     parser.add_argument("--time", type=_time, metavar="LIMIT", help="such as 4:00:00")
     parser.add_argument("--partition", default="", metavar="NAME")
     parser.add_argument("--account", default="", metavar="NAME")
@@ -283,6 +305,12 @@ def _parser(kind: str) -> CommandParser:
     parser.add_argument("--no-preflight", action="store_true", help="start without looking at the nodes before")
     parser.add_argument("--torchrun", action="store_true", help="one torchrun a node starts the processes, not srun")
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number, 0 or more")
+    return int(text)
 
 
 def _positive(text: str) -> int:

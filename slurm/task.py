@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     try:
         code = run(dispatch, options.command)
     finally:
-        if code:
+        if code or rank == 0:  # srun would say 0 of a node that fails, too
             leave_code(options.rank_logs, rank, code)
     return code
 

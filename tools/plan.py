@@ -47,7 +47,7 @@ def command_parser(schema: type | tuple[type, ...] = SCHEMAS) -> CommandParser:
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes of the job (default: 1)")
     parser.add_argument("--gpus-per-node", type=int, metavar="G", help="in place of the cluster file's")
     parser.add_argument("--gpu", metavar="NAME", help="in place of the cluster file's: H100, A100, ... or "
-                        "a file that `grn-scale bench gpu --hardware FILE.yaml` measured")
+                        "(not with --dense) a file that `grn-scale bench gpu --hardware FILE.yaml` measured")
     parser.add_argument("--network", type=float, metavar="GBITS", help="Gbit/s of the nodes' network for each GPU, in "
                         "place of the cluster file's network_gbits")
     parser.add_argument("--tokens", type=float, metavar="T", help="say how long training on so many tokens takes")

@@ -25,6 +25,7 @@ from grn_scale.tools.plan_search import Ranked, rank
 
 PARTS = {"matmul": "matrix products", "attention": "attention", "elementwise": "element-wise",
          "recompute": "recomputation", "tensor": "tensor", "context": "context", "bubble": "bubble",
+         "imbalance": "fullest stage",
          "pipeline": "pipeline", "data": "ZeRO and data", "optimizer": "optimizer", "encoding": "encoding",
          "step": "fixed, of every step", "stragglers": "waiting"}
 """Field of `step_time.StepTime` -> what it is called."""
@@ -109,6 +110,7 @@ class DenseRun:
              f"layers ({self.layers}) must be a multiple of pp x vpp ({self.pp} x {self.vpp}), or at most {SHORT} "
              "fewer: the first and last stage may have one less"),
             (self.vpp == 1 or self.pp > 1, f"vpp is {self.vpp}, but without a pipeline (pp=1) there is one chunk"),
+            (self.zero >= 2 or not self.fsdp, f"fsdp=true shards gradients, too, but zero is {self.zero}: take zero=3"),
             (self.pp == 1 or self.zero < 2 or self.fsdp, f"zero={self.zero} does not go with pp={self.pp}: take zero=1"
              " or fsdp=true"),
             (not self.ulysses or shape.heads // self.tp % self.cp == 0,
@@ -142,6 +144,8 @@ class DenseMachine:
     @classmethod
     def find(cls, run: DenseRun, gpu: str, nodes: int, gpus_per_node: int, network: float | None) -> DenseMachine:
         """Arguments as of `find_machine`; ConfigError where nobody knows the GPU, or it has no fp8."""
+        if gpu.endswith(".yaml"):
+            raise ConfigError(f"--gpu {gpu}: measured rates are for plans of GRN; for --dense name a GPU, such as H100")
         sheet, reached = find_gpu(gpu).at_site(network, gpus_per_node), load_efficiencies()
         sheet.peak(run.precision == "fp8")
         newest = f"{sheet.architecture}_cudnn" in reached.attention

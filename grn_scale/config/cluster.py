@@ -17,6 +17,12 @@ OPTION_FORM = "long options such as reservation=NAME or --reservation=NAME"
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _WORD = re.compile(r"[A-Za-z0-9_.,:@+/=-]*")
 """What Slurm's own names and a list of them are made of: nothing in it means anything to a shell."""
+_EXPANDED = re.compile(r"\$(\w|\{)|^~")
+
+
+def _require_written_out(key: str, value: str) -> None:
+    require(_EXPANDED.search(value) is None,
+            f"{key} is {value!r}, but nothing is expanded in a cluster file: write out what $NAME or ~ stands for")
 
 
 @dataclass(frozen=True)
@@ -41,11 +47,13 @@ class Container:
         require(self.runtime != "pyxis" or not self.image.endswith(".sqsh") or self.image.startswith(("/", "./")),
                 f"container.image is {self.image}, which pyxis takes for the name of an image in a registry: give the "
                 "file's whole path")
+        _require_written_out("container.image", self.image)
         require(self.start_seconds >= 0,
                 f"container.start_seconds is {self.start_seconds}, but must not be negative")
         for mount in self.mounts:
             require("," not in mount and "\n" not in mount,
                     f"container.mounts holds {mount!r}: commas and line breaks cannot be mounted; give other paths")
+            _require_written_out("container.mounts", mount)
 
 
 @dataclass(frozen=True)
@@ -122,6 +130,8 @@ class Cluster:
         for name, value in self.environment.items():
             require(_VARIABLE.fullmatch(name) is not None, f"environment: {name!r} is no name of a variable")
             require("\n" not in value and "\0" not in value, f"environment.{name} holds a line break; leave it out")
+            _require_written_out(f"environment.{name}", value)
+        _require_written_out("scratch", self.scratch)
 
     @property
     def network(self) -> float | None:

@@ -12,6 +12,9 @@ from grn_scale.planning.hardware import Gpu, find_gpu, gpu_in, load_gpu, says_mo
 HOPPER = (2023, 1)
 """Since then the H100 is the usual GPU, before it the A100."""
 
+FAMILIES = {"ampere": "A100-80GB", "hopper": "H100", "blackwell": "B200"}
+"""The usual GPU of an architecture."""
+
 ROUNDED = 0.03
 """Share by which a peak that is found from two rounded figures may be off."""
 
@@ -33,8 +36,11 @@ def case_gpu(case: Mapping[str, Any]) -> tuple[Gpu, str | None]:
 
 
 def _told(case: Mapping[str, Any], why: str) -> tuple[Gpu, str]:
-    """The GPU that the case's name has, or whose bf16 peak its TFLOP/s over its MFU is, 3 % more or less, or the usual
-    one."""
+    """The GPU of the family that is named, or that the case's name has, or whose bf16 peak its TFLOP/s over its MFU
+    is, 3 % more or less, or the usual one."""
+    said = str(case.get("gpu")).lower()
+    if family := next((name for word, name in FAMILIES.items() if word in said), None):
+        return load_gpu(family), f"{family}: {case['gpu']!r} says its family only"
     if gpu := gpu_in(str(case.get("name"))):
         return gpu, f"{gpu.name}: {why}; the case's name has it"
     if case.get("mfu") and case.get("measured_tflops_per_gpu"):

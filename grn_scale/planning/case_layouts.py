@@ -38,6 +38,7 @@ def layouts(case: Mapping[str, Any], shape: Shape, chosen: Software, text: str, 
             mixed: bool) -> Iterator[Layout]:
     """All layouts that agree with what the case states; mixed: what is fully sharded may be split otherwise, too."""
     gpus = case["n_gpus"]
+    text = re.sub(r"\b(no|not|without|w/o)( \w+)? offload\w*", "", text)
     offload = "offload" in text
     ulysses = bool(case.get("ulysses")) or "ulysses" in text
     fsdp = "fsdp" in case_text.sharding(case)

@@ -35,9 +35,9 @@ def words(case: Mapping[str, Any]) -> str:
 def precision(case: Mapping[str, Any]) -> tuple[str, str | None]:
     """The precision in small letters, and what is assumed: FP8 where only the name says so, bf16 where nothing does and
     for what the model does not have."""
-    stated = str(case.get("precision") or "").lower()
+    stated = _fp8(str(case.get("precision") or ""))
     if not stated:
-        named = "fp8" in str(case.get("name")).lower()
+        named = "fp8" in _fp8(str(case.get("name")))
         return ("fp8", "fp8: the name says it") if named else ("", "bf16: not stated")
     if "fp4" in stated:
         return stated, f"fp8: the model has no {stated!r}"
@@ -46,11 +46,18 @@ def precision(case: Mapping[str, Any]) -> tuple[str, str | None]:
     return stated, None
 
 
+def _fp8(text: str) -> str:
+    """In small letters, all names of FP8 as "fp8", and none where it says that there is none."""
+    plain = re.sub(r"\b(no|not|without|w/o|non)[- ](fp8|float8)\w*", "", text.lower())
+    return re.sub("float8|f8e4m3|e4m3|e5m2|8-bit float\\w*", "fp8", plain)
+
+
 def sharding(case: Mapping[str, Any]) -> str:
     """The sharding in small letters, ZeRO's stages as "zero-3" and all names of FSDP as "fsdp": where neither it nor
     the stage is stated, what name and program (torchtitan and llm-foundry shard by FSDP) tell."""
     if case.get("sharding") or case.get("zero_stage") is not None:
-        plain = re.sub(r"zero[- _]?(?:stage[- _]?)?([0-3])", r"zero-\1", str(case.get("sharding") or "").lower())
+        plain = re.sub(r"\b(no|not|without|w/o|non)[- ](fsdp|zero\S*)", "ddp", str(case.get("sharding") or "").lower())
+        plain = re.sub(r"zero[- _]?(?:stage[- _]?)?([0-3])", r"zero-\1", plain)
         return re.sub(r"\bhsdp|fully[- ]sharded(?: data[- ]parallel(?:ism)?)?", "fsdp", plain)
     said = f"{case.get('name')} {case.get('source')}".lower()
     if any(word in said for word in ("fsdp", "torchtitan", "llm-foundry")):
@@ -65,9 +72,19 @@ def zero_stage(case: Mapping[str, Any], old: bool) -> tuple[int, str | None]:
     said = sharding(case)
     if match := re.search("zero-([0-3])", said):
         return int(match[1]), f"the sharding is {said!r}"
+    if "shard_grad_op" in said:
+        return 2, "SHARD_GRAD_OP keeps the weights"
     if "fsdp" in said:
         return 3, "FSDP shards everything"
+    if re.search(r"\bddp\b", said) and "distributed optimizer" not in said and "megatron" not in words(case):
+        return 0, f"the sharding is {said!r}"
     return (0, "not stated: no ZeRO before 2023") if old else (1, "not stated: a distributed optimizer since 2023")
+
+
+def peak(case: Mapping[str, Any], gpu: Gpu) -> float:
+    """FLOP/s that the case's MFU is of: the bf16 peak, or FP8's where its words say so."""
+    said = _fp8(f"{case.get('notes')} {case.get('flops_convention')}")
+    return gpu.peak(gpu.fp8 is not None and re.search(r"fp8( \w+)? peak|peak (of|in) fp8", said) is not None)
 
 
 def not_modelled(case: Mapping[str, Any]) -> str | None:
@@ -149,8 +166,14 @@ def recompute(text: str | None) -> tuple[str, float] | None:
         return "none", 1.0
     if match := re.search(r"(\d+(?:\.\d+)?) ?%", low):
         return "full", float(match[1]) / 100
+    if (match := re.search(r"(\d+) (?:of|out of|/) (?:the )?(\d+)", low)) and 0 < int(match[1]) <= int(match[2]):
+        return "full", int(match[1]) / int(match[2])
+    if re.search("every (other|second)", low):
+        return "full", 0.5
     if "per-op" in low or re.fullmatch("mlp|moe_act|mlp, core_attn|core_attn, mlp", low):
         return "operators", 1.0
     if "norm" in low:
         return "none", 1.0
-    return ("selective" if low.startswith(("selective", "core_attn", "attention core")) else "full"), 1.0
+    if re.search(r"selective|core[_ ]?att|attention (core|only)|only attention|flash", low):
+        return "selective", 1.0
+    return ("full", 1.0) if re.search("full|true|yes|all|on|check|block|layer|uniform|recomp|activation", low) else None

@@ -108,7 +108,7 @@ def _batch(case: Mapping[str, Any], shape: Shape, machine: Machine, assumed: dic
         convention, _ = read_convention(case.get("flops_convention"), rate is not None)
         if convention.hardware or not (rate or share):
             return case
-        sequences = (rate * 1e12 if rate else share * machine.gpu.bf16) / counted(shape, convention)
+        sequences = (rate * 1e12 if rate else share * case_text.peak(case, machine.gpu)) / counted(shape, convention)
     batch = max(1, round(sequences * seconds * case["n_gpus"]))
     assumed["global_batch"] = f"{batch}: what the published rate does in the published seconds"
     return {**case, "global_batch": batch}

@@ -15,6 +15,15 @@ TEXT_TOKENS = 512
 """Of the text that cross-attention meets, as video models have (Wan, arXiv 2503.20314, section 4.2.1)."""
 
 
+_NEGATED = re.compile(r"\b(un|not|non|never|without)[- ]?(?:\w+[- ])?(halv\w+|half|hardware|hfu|recomput\w+)|"
+                      r"\bexclud\w+ (?:\w+ )?recomput\w+|hardware peak")
+_HALVED = re.compile(r"halv|\bhalf\b|divided by (2|two)\b")
+_HARDWARE = re.compile(r"hardware|\bhfu\b|recomput")
+_NO_ATTENTION = re.compile(r"no (visible )?quadratic|no attention\b|(exclud|ignor|neglect)\w* (the )?(self-)?attention|"
+                           r"without (the )?(self-)?attention|attention (term )?(is )?(not counted|excluded|ignored)")
+_PARAMETERS = re.compile(r"\b6 ?[*x\u00b7]? ?(s ?\* ?)?n( ?[*x\u00b7]? ?d)?\b|\b2\*n\*s")
+
+
 @dataclass(frozen=True)
 class Convention:
     """How a source counts the FLOPs that it divides by the time."""
@@ -41,17 +50,18 @@ def read_convention(text: str | None, rate: bool = False) -> tuple[Convention, s
 
     rate: it prints FLOP/s, not only a share of the peak.
     """
-    if not text and rate:
-        return Convention(halved=False), ("convention not stated: model FLOPs with whole attention, as most that "
-                                          "print FLOP/s count (Megatron-LM's formula)")
-    if not text:
-        return Convention(halved=True), ("convention not stated: model FLOPs with causal attention halved, the count "
-                                         "that no kernel can exceed")
-    low = text.lower()
-    quadratic = "no visible quadratic" not in low
-    plain = re.sub(r"(un-?|not )halved", "", low)
-    return Convention(halved="halved" in plain, hardware="hardware" in low, quadratic=quadratic,
-                      embedding=bool(re.search(r"6\*s\*n|2\*n\*s|6n per", low))), None
+    usual = Convention(halved=not rate), (
+        "convention not stated: model FLOPs with whole attention, as most that print FLOP/s count (Megatron-LM's "
+        "formula)" if rate else
+        "convention not stated: model FLOPs with causal attention halved, the count that no kernel can exceed")
+    low = (text or "").lower()
+    plain = _NEGATED.sub("", low)
+    embedding = _PARAMETERS.search(low) is not None
+    only = embedding and "attention" not in low and "+" not in low
+    found = Convention(halved=_HALVED.search(plain) is not None, hardware=_HARDWARE.search(plain) is not None,
+                       quadratic=not only and _NO_ATTENTION.search(low) is None, embedding=embedding)
+    known = plain != low or found != Convention() or re.search("model flop|megatron|whole|full", low)
+    return (found, None) if known else usual
 
 
 def attention_forward(shape: Shape) -> float:

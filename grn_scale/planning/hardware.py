@@ -19,8 +19,9 @@ _SAYS_NOTHING = re.compile(r"NVIDIA|AMD|INSTINCT|GEFORCE|TESLA|GOOGLE|CLOUD|INTE
                            r"SXM\d?|HBM\d?E?|AMPERE|HOPPER|BLACKWELL|\d+X|X\d+")
 """Words of a GPU's name that tell no model: makers, modules, kinds of memory, counts."""
 
-MOST_IN_A_NODE = 16
-"""GPUs of one board at most; a larger NVLink domain spans nodes."""
+BOARD, MOST_IN_A_NODE = 8, 16
+"""GPUs of a usual board, which sites have with fewer or more, and of one at most: a smaller NVLink domain is a bridge
+between cards, a larger one spans nodes."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,9 @@ class Gpu:
     def at_site(self, network: float | None, gpus_per_node: int | None) -> Gpu:
         """With a site's bytes a second to other nodes, and its GPUs of a node; None: what is usual for it. An NVLink
         domain that spans nodes (NVL72) stays."""
-        inside = gpus_per_node if gpus_per_node and self.domain <= MOST_IN_A_NODE else self.domain
+        inside = self.domain
+        if gpus_per_node and inside <= MOST_IN_A_NODE:
+            inside = gpus_per_node if inside >= BOARD else min(inside, gpus_per_node)
         return replace(self, nic=network or self.nic, domain=inside)
 
 
@@ -174,9 +177,25 @@ def peak_flops(device_name: str) -> float | None:
 
 
 def _words(text: str) -> frozenset[str]:
-    """Words of a GPU's name that tell its model, in capitals; sizes as 80GB."""
+    """Words of a GPU's name that tell its model, in capitals, without how many there are; sizes as 80GB."""
     plain = re.sub(r"(\d+) ?G(I?B)?\b", r"\1GB", text.upper().replace("-", " ").replace("_", " "))
-    return frozenset(word for word in re.findall(r"[A-Z0-9]+", plain) if not _SAYS_NOTHING.fullmatch(word))
+    plain = re.sub(r"^ *\d+ ?[X*\u00d7]? *(?=[A-Z])|(?<=\d) ?[X*\u00d7] ?\d+\b", "", plain)
+    return frozenset(part for word in re.findall(r"[A-Z0-9]+", plain) if not _SAYS_NOTHING.fullmatch(word)
+                     for part in _known_parts(word))
+
+
+def _known_parts(word: str) -> Iterable[str]:
+    """The word; or where no name has it, without a plural's s, or cut where figures begin, if names have those."""
+    known = _name_words()
+    if word not in known and word[:-1] in known and word[-1] == "S":
+        return [word[:-1]]
+    cut = re.fullmatch(r"([A-Z]+?)(V?\d\w*)", word)
+    return cut.groups() if word not in known and cut and known.issuperset(cut.groups()) else [word]
+
+
+@cache
+def _name_words() -> frozenset[str]:
+    return frozenset(word for gpu in known_gpus() for name in gpu.names for word in name.split())
 
 
 def _checked(values: dict[str, Any], file: object, names: Iterable[str]) -> dict[str, Any]:

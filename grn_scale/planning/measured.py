@@ -21,7 +21,7 @@ from grn_scale.config.load import build, read_mapping
 from grn_scale.config.rules import require, require_positive
 from grn_scale.errors import ConfigError
 from grn_scale.planning.grn_machine import Machine
-from grn_scale.planning.hardware import Gpu, find_gpu, load_efficiencies
+from grn_scale.planning.hardware import BOARD, Gpu, find_gpu, load_efficiencies
 
 OTHER = "other"
 """Architecture of what configs/hardware/ has no file of."""
@@ -121,7 +121,7 @@ def _device(found: Measured, rates: Rates) -> Gpu:
         return Gpu(found.device, names=(), architecture=OTHER, memory_gib=found.memory_gib,
                    bandwidth=rates.bandwidth, bf16=max(rates.matmul_bf16, rates.matmul_fp32), fp8=None,
                    fp32=rates.matmul_fp32, watts=0.0,
-                   nvlink=0.0, domain=1, nic=0.0, host=rates.bandwidth)
+                   nvlink=0.0, domain=BOARD, nic=0.0, host=rates.bandwidth)
     reached = load_efficiencies()
     return replace(sheet, memory_gib=found.memory_gib, nvlink=sheet.nvlink * reached.nvlink,
                    nic=sheet.nic * reached.nic)

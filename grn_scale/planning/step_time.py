@@ -44,6 +44,8 @@ class StepTime:
     tensor: float
     context: float
     bubble: float
+    imbalance: float
+    """What the fullest pipeline stage has more than its share of the layers: the output head, or a layer."""
     pipeline: float
     data: float
     optimizer: float
@@ -217,8 +219,8 @@ def step_time(shape: Shape, layout: Layout, software: Software, machine: Machine
     return StepTime(
         matmul=each * sum(layer.matmul) + (count * head if layout.pp == 1 else 0.0),
         attention=each * sum(layer.attention), elementwise=each * sum(layer.elementwise), recompute=each * again,
-        tensor=each * sum(layer.tensor), context=each * sum(layer.context), bubble=idle + count * uneven,
-        pipeline=pipeline, data=data, optimizer=optimizer,
+        tensor=each * sum(layer.tensor), context=each * sum(layer.context), bubble=idle,
+        imbalance=count * uneven, pipeline=pipeline, data=data, optimizer=optimizer,
         encoding=encoding, step=reached.step_seconds, stragglers=total * reached.straggler * math.log2(nodes),
         hidden=covered)
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from grn_scale.errors import ConfigError
+from grn_scale.planning import case_text
 from grn_scale.planning.case_file import UNREAD
 from grn_scale.planning.cases import Case, NotJudged, complete_case
 from grn_scale.planning.flops import counted, read_convention
@@ -22,6 +23,7 @@ THROUGHPUT = {"tokens_per_s_per_gpu": "tokens_per_s_per_gpu", "step_time_s": "st
 """Field of a case -> quantity, in the order in which they are judged."""
 ORDERED_CASES = 4
 """Of a source, for its order to be judged."""
+NO_SOURCE = "no source"
 
 
 def judge(cases: Sequence[Mapping[str, Any]], reached: Efficiencies) -> dict[str, Any]:
@@ -36,20 +38,20 @@ def judge_case(case: Mapping[str, Any], reached: Efficiencies) -> list[dict[str,
     """The rows of one case."""
     rows = []
     field = throughput_field(case)
-    identity = {"name": case["name"], "source": case.get("source") or "no source"}
+    identity = {"name": case["name"], "source": case.get("source") or NO_SOURCE}
+    unread = "".join(f"; {field}: {reason}" for field, reason in (case.get(UNREAD) or {}).items())
     if field:
         row = identity | {"quantity": THROUGHPUT[field], "published": case[field]}
         try:
             rows.append(row | throughput(case, field, complete_case(case, reached)))
         except (NotJudged, ConfigError) as error:
-            rows.append(row | {"skipped": str(error)})
+            rows.append(row | {"skipped": f"{error}{unread}"})
     if case.get("memory_gb") is not None:
         row = identity | {"quantity": "memory_gb", "published": case["memory_gb"]}
         try:
             rows.append(row | _memory(case, reached))
         except (NotJudged, ConfigError) as error:
-            rows.append(row | {"skipped": str(error)})
-    unread = "".join(f"; {field}: {reason}" for field, reason in (case.get(UNREAD) or {}).items())
+            rows.append(row | {"skipped": f"{error}{unread}"})
     nothing = {"quantity": None, "published": None, "skipped": f"neither throughput nor memory published{unread}"}
     return rows or [identity | nothing]
 
@@ -80,8 +82,7 @@ def throughput(case: Mapping[str, Any], field: str, done: Case) -> dict[str, Any
         predicted = counted(shape, convention, share) * layout.global_batch / seconds / layout.gpus / 1e12
         applied = str(convention)
         if field in ("mfu", "hfu"):
-            gpu = done.machine.gpu
-            predicted *= 1e12 / gpu.peak(gpu.fp8 is not None and "fp8 peak" in str(case.get("notes")).lower())
+            predicted *= 1e12 / case_text.peak(case, done.machine.gpu)
     return {"predicted": predicted, "error": predicted / case[field] - 1, "convention": applied, "assumed": assumed}
 
 
@@ -138,7 +139,7 @@ def _order(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         groups[row["source"], row["quantity"]].append(row)
     found: dict[str, float] = {}
     for (source, _), mine in groups.items():
-        if len(mine) >= ORDERED_CASES:
+        if len(mine) >= ORDERED_CASES and source != NO_SOURCE:  # those are no study
             value = spearman([row["published"] for row in mine], [row["predicted"] for row in mine])
             found[source] = min(value, found.get(source, 1.0))
     return found

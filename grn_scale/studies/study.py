@@ -165,7 +165,8 @@ def _growth(file: StudyFile, keys: Mapping[str, Any], size: Size) -> dict[str, i
 def _resolve(file: StudyFile, values: Mapping[str, Any]) -> Config:
     """Configuration of a cell. Nothing is validated, nor saved before the last step: no run goes on half-way."""
     steps = file.warmup_steps + file.measured_steps
-    protocol = {"train.steps": steps, "train.checkpoint_every": steps, "train.validate_every": 0,
+    protocol = {"train.steps": steps, "train.checkpoint_every": steps, "train.keep_every": 0,
+                "train.validate_every": 0,
                 "watchdog.straggler_every": max(1, file.measured_steps // 3)}
     keys = {**protocol, **file.set, **values}
     clash = sorted((file.set.keys() | values.keys()) & protocol.keys())

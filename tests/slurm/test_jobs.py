@@ -127,13 +127,15 @@ import os, pathlib, signal, sys, time
 if "grn_scale.slurm.task" in sys.orig_argv:
     here = pathlib.Path(__file__).parent
     code, asked = (here / os.environ.get("SLURM_RESTART_COUNT", "0")).read_text().split()
-    if asked == "asked":
-        signal.signal(signal.SIGUSR2, lambda *_: os._exit(int(code)))
+    if asked != "once":
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN if asked == "stuck" else lambda *_: os._exit(int(code)))
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if asked == "stuck" else signal.SIG_DFL)
         (here / "ready").touch()
-        time.sleep(600)
+        while True:
+            time.sleep(600)
     os._exit(int(code))
 """
-"""Ends the processes of each start with the exit code of a file, at once or when asked to."""
+"""Ends the processes of each start with the exit code of a file, at once, when asked to, or not at all."""
 
 
 def ending(folder: Path, *starts: str) -> str:
@@ -162,11 +164,29 @@ def test_a_job_that_crashes_is_stopped_after_a_few_starts(slurm: Slurm, dataset:
     assert not (newest(run).folder / "preflight").exists()
 
 
+def test_a_node_that_fails_is_neither_success_nor_cancelled(slurm: Slurm, dataset: Path, tmp_path: Path) -> None:
+    cluster, run, broken = slurm.cluster, tmp_path / "run", tmp_path / "broken"
+    slurm.site.write_text(f"{SITE}requeue: false\n{ending(broken, '75 asked')}")
+    slurm("train", *train_arguments(dataset, run)[1:], "--gpus-per-node", 1, "--no-preflight", "--sbatch",
+          "nodelist=node1", "--submit")
+    until((broken / "ready").exists, "at work", run)
+    try:
+        cluster.run("scontrol", "update", "NodeName=node1", "State=DOWN", "Reason=test")
+        until(lambda: bool(ends(run)), "ended", run)
+    finally:
+        cluster.run("scontrol", "update", "NodeName=node1", "State=RESUME")
+    assert ends(run) == [(1, "left")], logs(run)  # srun said 0
+    assert "the node node1 failed" in slurm("why", run, expect=None).stdout
+
+
 @pytest.mark.slow
-def test_a_job_that_gets_nowhere_in_all_its_time_is_stopped(slurm: Slurm, dataset: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["asked", "stuck"])
+def test_a_job_that_gets_nowhere_in_all_its_time_is_stopped(slurm: Slurm, dataset: Path, tmp_path: Path,
+                                                            how: str) -> None:
     cluster, run = slurm.cluster, tmp_path / "run"
-    slurm.site.write_text(SITE + ending(tmp_path / "broken", "75 asked"))
-    job = slurm("train", *train_arguments(dataset, run)[1:], "--gpus-per-node", 1, "--start-limit", 1, "--time", 3,
+    slurm.site.write_text(SITE.replace("signal_seconds: 60", "signal_seconds: 30")
+                          + ending(tmp_path / "broken", f"75 {how}"))
+    job = slurm("train", *train_arguments(dataset, run)[1:], "--gpus-per-node", 1, "--start-limit", 1, "--time", 2,
                 "--no-preflight", "--submit").stdout.strip()
     until(lambda: len(ends(run)) == 2, "asked by Slurm and stopped", run)
     assert cluster.wait(job, timeout=PATIENCE_SECONDS) == "FAILED"

@@ -118,6 +118,18 @@ def test_values_are_read_as_they_are_meant(tmp_path):
     judged_well(case)
 
 
+@pytest.mark.parametrize("field, value, meant", [
+    ("global_batch", "512 sequences", 512), ("global_batch", "4M tokens", 977), ("seq_len", "8k tokens", 8192),
+    ("tokens_per_s_per_gpu", "9k tok/s/GPU", 9000), ("step_time_s", "830 ms", 0.83), ("step_time_s", "2 min", 120),
+    ("step_time_s", "30 s", 30), ("measured_tflops_per_gpu", "0.41 PFLOP/s", 410), ("mfu", "52.1% (bf16)", 0.521),
+    ("measured_tflops_per_gpu", "412 TFLOP/s per GPU", 412), ("memory_gb", "1024 MiB", 1), ("zero_stage", "ZeRO 2", 2),
+    ("params_b", "70B", 70), ("step_time_s", "3 furlongs", None), ("mfu", "38-43%", None)])
+def test_units_are_read(tmp_path, field, value, meant):
+    case = read(tmp_path, **{"seq_len": 4096, field: value})
+    assert case[field] == (pytest.approx(meant, rel=0.04) if meant else None)
+    assert (field in case["unread"]) == (meant is None)
+
+
 @pytest.mark.parametrize("field, value, reason", [
     ("tp", 0, "0 is not above 0"), ("vocab", "many", "'many' is no number"), ("mfu", "high", "'high' is no number"),
     ("ulysses", "x", "'x' is no number"), ("zero_stage", 4, "4 is none of the stages 0 to 3"),

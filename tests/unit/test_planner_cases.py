@@ -11,7 +11,7 @@ import pytest
 
 from grn_scale.errors import EXIT_USAGE, UserError
 from grn_scale.planning.case_file import read_cases
-from grn_scale.planning.case_text import own_hardware, recompute, software
+from grn_scale.planning.case_text import own_hardware, peak, recompute, software
 from grn_scale.planning.cases import NotJudged, complete_case
 from grn_scale.planning.fitting import START, fit, fitted_file, judged, with_values
 from grn_scale.planning.flops import Convention, counted, read_convention
@@ -112,6 +112,24 @@ def test_hardware_of_its_own_is_read_from_the_notes():
     assert (gpu.memory_gib, gpu.bandwidth, watts, len(said)) == (96, 2.4e12, 500, 3)
 
 
+def test_precision_and_sharding_are_read_from_words():
+    def layout(**fields):
+        return complete_case(changed(LLAMA, **fields), REACHED)
+
+    assert layout(precision="float8 rowwise").software.fp8 and not layout(precision="bf16 (no fp8)").software.fp8
+    assert layout(sharding="FSDP SHARD_GRAD_OP", zero_stage=None).layout.zero == 2
+    assert layout(sharding="DDP", zero_stage=None, source="x", notes=None).layout.zero == 0
+    assert not layout(sharding="DeepSpeed ZeRO-2", notes="no offload used").layout.offload_optimizer
+    assert layout(sharding="DeepSpeed ZeRO-2", notes="CPU offload").layout.offload_optimizer
+
+
+def test_mfu_is_of_the_peak_that_the_words_name():
+    h100 = load_gpu("H100")
+    for place in ("notes", "flops_convention"):
+        assert peak({place: "MFU relative to the FP8 peak 1979 TFLOPS"}, h100) == h100.fp8
+    assert peak({"notes": "fp8 linear layers"}, h100) == h100.bf16
+
+
 def test_a_network_in_the_notes_is_no_memory_bandwidth():
     assert own_hardware(load_gpu("H100"), "8 x 400 gb/s infiniband, 3.2 tb/s a node")[2] == []
 
@@ -144,7 +162,9 @@ def test_a_batch_that_is_not_stated_is_one_that_people_take():
     ("selective (per-op SAC)", ("operators", 1.0)), ("75% of layers checkpointed", ("full", 0.75)),
     ("none in the recipe", ("none", 1.0)), ("selective (norms)", ("none", 1.0)), ("Off", ("none", 1.0)),
     ("not used", ("none", 1.0)), ("disabled", ("none", 1.0)), ("0", ("none", 1.0)), ("mlp", ("operators", 1.0)),
-    ("core_attn", ("selective", 1.0)), ("nothing but the 8 first blocks", ("full", 1.0))])
+    ("core_attn", ("selective", 1.0)), ("nothing but the 8 first blocks", ("full", 1.0)),
+    ("recompute_granularity=selective", ("selective", 1.0)), ("attention only", ("selective", 1.0)),
+    ("8 of 32 layers", ("full", 0.25)), ("every other layer", ("full", 0.5)), ("in their own words", None)])
 def test_recomputation_is_read_from_words(text, found):
     assert recompute(text) == found
 
@@ -154,13 +174,21 @@ def test_recomputation_is_read_from_words(text, found):
     ("causal attention HALVED, non-embedding parameters", Convention(halved=True)),
     ("HARDWARE FLOPs incl. recompute: F=96*B*s*l*h^2*(1+s/(6h)+V/(16lh))", Convention(hardware=True)),
     ("6*s*N + 12*L*h*s^2 (attention not halved for causal)", Convention(embedding=True)),
-    ("about 6N per token; no visible quadratic attention term", Convention(quadratic=False, embedding=True))])
+    ("about 6N per token; no visible quadratic attention term", Convention(quadratic=False, embedding=True)),
+    ("6ND", Convention(quadratic=False, embedding=True)), ("PaLM: 6N + 12LHQT", Convention(embedding=True)),
+    ("6*N*D, attention not counted", Convention(quadratic=False, embedding=True)),
+    ("model FLOPs, causal attention counted half", Convention(halved=True)),
+    ("attention FLOPs divided by two", Convention(halved=True)), ("not causal-halved", Convention()),
+    ("HFU-type", Convention(hardware=True)), ("model FLOPs, not hardware FLOPs", Convention()),
+    ("model FLOPs over the hardware peak of 989", Convention()),
+    ("model FLOPs, excluding recompute", Convention())])
 def test_conventions_are_read_from_words(text, found):
     assert read_convention(text) == read_convention(text, rate=True) == (found, None)
 
 
 def test_a_convention_that_is_not_stated_is_that_of_most_who_print_flops_a_second():
     assert read_convention(None, rate=True)[0] == Convention() and read_convention(None)[0] == Convention(halved=True)
+    assert read_convention("in their own words")[0] == Convention(halved=True)
     row, = judge_case(changed(LLAMA, flops_convention=None, measured_tflops_per_gpu=400, tokens_per_s_per_gpu=None,
                               mfu=None), REACHED)
     assert "whole attention" in row["assumed"]["flops_convention"]

@@ -22,7 +22,8 @@ FOUND = {
     "B300": "B300", "GB200": "GB200", "GB200 NVL72": "GB200", "NVIDIA GB300": "GB300", "NVIDIA L40S": "L40S",
     "L40": "L40", "Tesla V100-SXM2-32GB": "V100-32GB", "NVIDIA A40": "A40", "NVIDIA RTX A6000": "A6000",
     "NVIDIA GeForce RTX 4090": "RTX-4090", "AMD Instinct MI300X": "MI300X", "MI250X": "MI250X", "TPU v4": "TPU-v4",
-    "TPU-v5p": "TPU-v5p", "Intel Gaudi 2": "Gaudi2"}
+    "TPU-v5p": "TPU-v5p", "Intel Gaudi 2": "Gaudi2", "64 A100s": "A100-80GB", "8xA100-80GB": "A100-80GB",
+    "A100x8": "A100-80GB", "512 A100s (40GB)": "A100-40GB", "TPUv4": "TPU-v4", "RTX4090": "RTX-4090"}
 
 
 @pytest.mark.parametrize("text, name", FOUND.items())

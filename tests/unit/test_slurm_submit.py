@@ -273,6 +273,54 @@ def test_without_sbatch_a_submission_says_so(here: Path, monkeypatch: pytest.Mon
     assert not made.records.exists()
 
 
+@pytest.mark.parametrize("answer, code, told", [
+    ("echo 'you have 42 SUs left'; echo 4711", 0, ""), ("echo '4711;main'", 0, ""),
+    ("echo welcome", 0, "gave no number: 'welcome'"),
+    ("echo 'Batch job submission failed: Socket timed out on send/recv operation' >&2", 1,
+     "sbatch got no answer .* `squeue --me --name=train-a`"),
+    ("echo 'Invalid account' >&2", 1, "sbatch refused the job: Invalid account")])
+def test_only_a_number_that_sbatch_gave_is_taken(here: Path, monkeypatch: pytest.MonkeyPatch, answer: str, code: int,
+                                                 told: str) -> None:
+    sbatch = here / "bin/sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text(f"#!/bin/sh\n{answer}\nexit {code}\n", encoding="utf-8")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", str(sbatch.parent), prepend=os.pathsep)
+    made = job("train", "output=runs/a")
+    if told:
+        with pytest.raises(UserError, match=told):
+            submit.submit(made, batch_script(made), {})
+        assert newest("runs/a").job_ids == []
+    else:
+        assert submit.submit(made, batch_script(made), {}) == newest("runs/a").job_ids == ["4711"]
+
+
+def test_a_conversion_may_ask_for_gpus() -> None:
+    command = ("--input", "a", "--from", "official", "--to", "native", "--output", "ckpt")
+    assert job("convert", *command).gpus_per_node == 0
+    made = job("convert", *command, "--gpus-per-node", "1")
+    assert (made.gpus_per_node, made.processes) == (1, 1) and "gpus-per-node=1" in batch_script(made)
+    with pytest.raises(ConfigError, match="'-1' is no whole number, 0 or more"):
+        job("convert", *command, "--gpus-per-node=-1")
+
+
+def test_what_pyxis_cannot_mount_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "sp ace").mkdir()
+    monkeypatch.chdir(here / "sp ace")
+    with pytest.raises(ConfigError, match="with pyxis blanks"):
+        job("train", "output=runs/a", site="pyxis")
+
+
+@pytest.mark.parametrize("site, key", [
+    ("environment: {PATH: '/x:$PATH'}", r"environment\.PATH"), ("scratch: /scratch/${USER}", "scratch"),
+    ("container: {runtime: apptainer, image: ~/a.sif}", r"container\.image"),
+    ("container: {runtime: apptainer, image: a.sif, mounts: ['$HOME/data']}", r"container\.mounts")])
+def test_a_variable_in_a_cluster_file_is_refused(here: Path, site: str, key: str) -> None:
+    (here / "site.yaml").write_text(f"gpus_per_node: 4\n{site}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"{key} is .* nothing is expanded"):
+        Cluster.load(here / "site.yaml")
+
+
 def test_sbatch_gets_the_script_and_its_number_is_kept(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sbatch = here / "bin/sbatch"
     sbatch.parent.mkdir()

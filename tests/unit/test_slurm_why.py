@@ -275,3 +275,28 @@ def test_why_of_an_array_explains_one_bad_element_and_names_the_others(slurm, tm
     values = answer_of(why.main, array, capsys)
     assert values["start"] == "12_2-0" and "disk full" in values["headline"] and values["others"] == ["12_0-0"]
     assert "not fine either: 12_0-0" in text_of(why.main, array, capsys)
+
+
+def test_what_could_not_even_be_started_is_told(slurm, job, capsys):
+    head = "2026-11-23T01:00:00Z start 0 of job 12 on node[1-2]; processes meet at a:1; logs in b\n"
+    job.batch(f"{head}2026-11-23T01:00:00Z error: module load cuda/9 failed; correct modules: back into the queue\n")
+    job.ended(1, "requeue")
+    assert "module load cuda/9 failed" in text_of(why.main, job, capsys)
+    job.batch(f"{head}Traceback (most recent call last):\n  File\nModuleNotFoundError: No module named 'torch'\n"
+              "2026-11-23T01:00:00Z error: preflight failed on node1 node2; see x\n")
+    (job.folder / "preflight" / "12-0").mkdir(parents=True)
+    said = text_of(why.main, job, capsys)
+    assert "the preflight failed on node1, node2" in said and "No module named 'torch'" in said
+
+
+def test_a_process_that_was_killed_comes_before_those_that_lost_it(slurm, job, capsys):
+    lost = "terminate called after throwing c10::DistBackendError\n"
+    for rank in (0, 1, 3):
+        job.log(rank, lost)
+    job.log(2, "")
+    job.batch("2026-11-23T01:00:00Z start 0 of job 12 on node[1-2]; x\n"
+              "srun: error: node1: tasks 0-1: Aborted\nsrun: error: node2: task 2: Killed\n")
+    job.ended(134, "requeue")
+    assert "rank 2 on node2 ended (task 2: Killed) without a word of its own" in text_of(why.main, job, capsys)
+    job.log(2, lost)
+    assert "rank 0 on node1 ended (tasks 0-1: Aborted): terminate called" in text_of(why.main, job, capsys)
