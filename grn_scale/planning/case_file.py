@@ -27,8 +27,11 @@ _FACTORS = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 """Of the letter behind a number. Thousands of tokens are 1,024."""
 _SCALED = {"ms": 1e-3, "s": 1, "sec": 1, "secs": 1, "second": 1, "seconds": 1, "min": 60, "minutes": 60, "h": 3600,
            "gb": 1, "gib": 1, "g": 1, "mb": 1e-3, "mib": 1 / 1024, "tb": 1e3}
+"""Seconds, and GB or GiB, of what a unit begins with."""
 _UNITS = re.compile(r"[gpt]?flop/?s?|tokens?|tok|sequences?|seqs?|samples?|gpus?|layers?|heads?|stages?|ranks?|nodes?|"
-                    r"parameters?|params|gbits?/s|gbps|gb/s|per|a|an|each|of|max|peak|mfu|hfu|/|[-.]")
+                    r"parameters?|params|gbits?/s|gbps|gb/s|per|a|an|each|of|max|peak|mfu|hfu|"
+                    r"steps?|iterations?|iter|/|[-.]")
+"""What else may stand behind a number."""
 _RATES = {"p": 1e3, "g": 1e-3}
 """Of FLOP/s, where those in 1e12 are the unit."""
 BILLIONS = 1e5
@@ -36,6 +39,8 @@ BILLIONS = 1e5
 UNREAD = "unread"
 """Field of a case as it is read: field -> reason for each value that makes no sense."""
 _TEXT = ("source", "gpu", "sharding", "precision", "memory_kind", "flops_convention", "value_origin", "notes")
+_FIELDS = {*_WHOLE, *_PUBLISHED, *_TEXT, "name", "params_b", "zero_stage", "causal", "sp", "ulysses", "recompute",
+           "network_gbits", UNREAD}
 
 
 def read_cases(path: Path) -> list[dict[str, Any]]:
@@ -86,6 +91,7 @@ def _meant(case: Any, number: int) -> dict[str, Any]:
     read(["ulysses"], _degree)
     read(_TEXT, str)
     read(["recompute"], _words)
+    unread |= {field: "is no field of a case" for field in meant.keys() - _FIELDS if meant[field] is not None}
     return {**meant, UNREAD: unread}
 
 

@@ -36,13 +36,16 @@ def _divisors(number: int, most: int) -> list[int]:
 
 def layouts(case: Mapping[str, Any], shape: Shape, chosen: Software, text: str, most: float,
             mixed: bool) -> Iterator[Layout]:
-    """All layouts that agree with what the case states; mixed: what is fully sharded may be split otherwise, too."""
+    """All layouts that agree with what the case states; mixed: what is fully sharded may be split otherwise, too, and
+    the optimizer be sharded where nothing says that it was not."""
     gpus = case["n_gpus"]
     text = re.sub(r"\b(no|not|without|w/o)( \w+)? offload\w*", "", text)
     offload = "offload" in text
     ulysses = bool(case.get("ulysses")) or "ulysses" in text
     fsdp = "fsdp" in case_text.sharding(case)
-    zero, _ = case_text.zero_stage(case, chosen.attention == "unfused")
+    zero, assumed = case_text.zero_stage(case, chosen.attention == "unfused")
+    if mixed and assumed and zero == 0:
+        zero = 1
     stated = case_text.recompute(case.get("recompute"))
     kinds = [stated] if stated else [("none", 1.0), ("full", 1.0)] + [("full", share) for share in SHARES if not fsdp]
     splits = list(_splits(case, shape, gpus, zero == 3 and not mixed))

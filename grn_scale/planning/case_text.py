@@ -91,16 +91,18 @@ def not_modelled(case: Mapping[str, Any]) -> str | None:
     """What the case's words say that the model does not have and predicts as dense."""
     text = words(case)
     found = [name for name, pattern in (
-        ("a mixture of experts", r"\bmoe\b|mixture[- ]of[- ]experts|\bexperts?\b"),
+        ("a mixture of experts", r"\bmoe\b|mixture[- ]of[- ]experts|\bexperts?\b|\ba\d+(\.\d+)?b\b"),
         ("attention in windows", r"sliding[- ]window|window(ed)? attention|local attention|neighborhood attention")) if
         re.search(pattern, text)]
     return f"dense: {' and '.join(found)} is not modelled" if found else None
 
 
 def published_in(case: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Year and month of the earliest arXiv number in the source's own title; None where it has none."""
-    numbers = re.findall(r"arxiv[: ](\d\d)(\d\d)\.\d{4,5}", str(case.get("source")).lower())
-    return min(((2000 + int(year), int(month)) for year, month in numbers), default=None)
+    """Year and month of the earliest arXiv number in the source's own title, or the middle of a year before 2023 that
+    it names; None where it has neither."""
+    source = str(case.get("source")).lower()
+    numbers = [(2000 + int(year), int(month)) for year, month in re.findall(r"arxiv[: ](\d\d)(\d\d)\.\d{4,5}", source)]
+    return min(numbers or [(int(year), 6) for year in re.findall(r"\b(20(?:1\d|2[0-2]))\b", source)], default=None)
 
 
 def own_hardware(gpu: Gpu, text: str) -> tuple[Gpu, float | None, list[str]]:
@@ -109,7 +111,9 @@ def own_hardware(gpu: Gpu, text: str) -> tuple[Gpu, float | None, list[str]]:
     if match := re.search(r"hbm\w*\W{0,3}(\d+(?:\.\d+)?) ?tb/s", text):
         gpu = replace(gpu, bandwidth=float(match[1]) * 1e12)
         said.append(f"bandwidth {match[1]} TB/s")
-    if match := re.search(r"\b(\d{2,3}) ?gb hbm", text):
+    match = re.search(r"\b(\d{2,3}) ?gb hbm", text)
+    share = float(match[1]) / gpu.memory_gib if match else 1.0
+    if match and 1.05 < max(share, 1 / share) < 2:  # not what the data sheet has already, nor that of a node
         gpu = replace(gpu, memory_gib=float(match[1]))
         said.append(f"memory {match[1]} GB")
     watts = None

@@ -177,7 +177,7 @@ def _name_layout(case: Mapping[str, Any], layout: Layout, over: float, old: bool
                                    "data-parallel rank")
     zero, reason = case_text.zero_stage(case, old)
     if reason:
-        assumed["zero_stage"] = f"{zero}: {reason}"
+        assumed["zero_stage"] = f"{layout.zero}: {reason}" + (", which would not fit" if layout.zero != zero else "")
     if case.get("dp") not in (None, layout.dp):
         assumed["dp"] = f"{layout.dp}: {case['dp']} does not go with {case['n_gpus']} GPUs"
     if layout.gpus != case["n_gpus"]:

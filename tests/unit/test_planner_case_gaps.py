@@ -121,13 +121,18 @@ def test_values_are_read_as_they_are_meant(tmp_path):
 @pytest.mark.parametrize("field, value, meant", [
     ("global_batch", "512 sequences", 512), ("global_batch", "4M tokens", 977), ("seq_len", "8k tokens", 8192),
     ("tokens_per_s_per_gpu", "9k tok/s/GPU", 9000), ("step_time_s", "830 ms", 0.83), ("step_time_s", "2 min", 120),
-    ("step_time_s", "30 s", 30), ("measured_tflops_per_gpu", "0.41 PFLOP/s", 410), ("mfu", "52.1% (bf16)", 0.521),
+    ("step_time_s", "30 s/step", 30), ("measured_tflops_per_gpu", "0.41 PFLOP/s", 410), ("mfu", "52.1% (bf16)", 0.521),
     ("measured_tflops_per_gpu", "412 TFLOP/s per GPU", 412), ("memory_gb", "1024 MiB", 1), ("zero_stage", "ZeRO 2", 2),
     ("params_b", "70B", 70), ("step_time_s", "3 furlongs", None), ("mfu", "38-43%", None)])
 def test_units_are_read(tmp_path, field, value, meant):
     case = read(tmp_path, **{"seq_len": 4096, field: value})
     assert case[field] == (pytest.approx(meant, rel=0.04) if meant else None)
     assert (field in case["unread"]) == (meant is None)
+
+
+def test_a_field_that_no_case_has_is_named(tmp_path):
+    case = read(tmp_path, num_layers=80, layers=None)
+    assert "num_layers: is no field of a case" in judge_case(case, REACHED)[0]["skipped"]
 
 
 @pytest.mark.parametrize("field, value, reason", [

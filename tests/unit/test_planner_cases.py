@@ -11,7 +11,7 @@ import pytest
 
 from grn_scale.errors import EXIT_USAGE, UserError
 from grn_scale.planning.case_file import read_cases
-from grn_scale.planning.case_text import own_hardware, peak, recompute, software
+from grn_scale.planning.case_text import own_hardware, peak, published_in, recompute, software
 from grn_scale.planning.cases import NotJudged, complete_case
 from grn_scale.planning.fitting import START, fit, fitted_file, judged, with_values
 from grn_scale.planning.flops import Convention, counted, read_convention
@@ -128,6 +128,24 @@ def test_mfu_is_of_the_peak_that_the_words_name():
     for place in ("notes", "flops_convention"):
         assert peak({place: "MFU relative to the FP8 peak 1979 TFLOPS"}, h100) == h100.fp8
     assert peak({"notes": "fp8 linear layers"}, h100) == h100.bf16
+
+
+def test_memory_of_a_node_or_of_the_data_sheet_is_none_of_its_own():
+    for text in ("each node has 640 gb hbm", "h100 80 gb hbm3"):
+        assert own_hardware(load_gpu("H100"), text)[2] == []
+
+
+def test_a_source_without_an_arxiv_number_may_name_its_year():
+    assert published_in({"source": "a blog of 2021"}) == (2021, 6) and published_in({"source": "docs, 2024"}) is None
+    assert published_in({"source": "arXiv 2104.04473, in 2022"}) == (2021, 4)
+
+
+def test_an_optimizer_is_sharded_where_it_could_not_have_fit_otherwise():
+    whole = CASES["ptd-a100-174.6B-384gpu"]
+    assert complete_case(changed(whole, zero_stage=None, sharding=None), REACHED).layout.zero == 0
+    tight = changed(whole, zero_stage=None, sharding=None, tp=8, pp=2, vpp=None, dp=24)
+    done = complete_case(tight, REACHED)
+    assert done.layout.zero == 1 and "would not fit" in done.assumed["zero_stage"]
 
 
 def test_a_network_in_the_notes_is_no_memory_bandwidth():
