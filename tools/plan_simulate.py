@@ -232,6 +232,7 @@ def main(argv: list[str]) -> int:
     steps = simulate(job, costs, factors)
     tokens = (None if options.token_budget is None
               else job.replicas * options.micro_batches * options.token_budget * fill)
+    run_steps = math.ceil(options.tokens / tokens) if options.tokens else options.steps
     document: dict[str, Any] = {
         "layout": {"ranks": job.ranks, "replicas": job.replicas, "tensor": options.tensor, "context": options.context,
                    "pipeline": options.pipeline, "virtual": options.virtual, "micro_batches": options.micro_batches},
@@ -239,13 +240,13 @@ def main(argv: list[str]) -> int:
         "step": step_document(job, steps, simulate(job, alike, no_slowness), simulate(job, costs, no_slowness), tokens),
         "failures": None,
     }
+    document["run"] = run_steps and {"steps": run_steps, "seconds": run_steps * document["step"]["seconds"]}
     failures = None
     if options.mtbf_hours_per_gpu is not None or options.mtbf_hours_per_node is not None:
         mtbf = job_mtbf(job.ranks, hours_per_gpu=options.mtbf_hours_per_gpu,
                         nodes=math.ceil(job.ranks / options.gpus_per_node), hours_per_node=options.mtbf_hours_per_node)
         failures = Failures(mtbf, options.checkpoint_seconds, options.restart_seconds, options.detection_seconds,
                             options.durable_seconds)
-        run_steps = math.ceil(options.tokens / tokens) if options.tokens else options.steps
         document["failures"] = failure_document(options, failures, document["step"], run_steps)
     document["seconds"] = time.perf_counter() - begin
     if options.plot:

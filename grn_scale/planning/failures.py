@@ -109,10 +109,12 @@ class Failures:
         """
         expected = self.expected_seconds(work, interval)
         if not expected / self.mtbf <= MOST_FAILURES:
+            best = self.best_interval()
+            oftener = f"save more often (best: each {best:.4g} s), " if interval > 2 * best else ""
             raise ConfigError(
                 f"with a failure each {self.mtbf:.4g} s and a save each {interval:.4g} s of work the run would fail "
-                f"{expected / self.mtbf:.3g} times: save more often (best: each {self.best_interval():.4g} s), make "
-                "saves and restarts faster, or take fewer ranks")
+                f"{expected / self.mtbf:.3g} times: {oftener}make saves (now {self.blocking:.4g} s), restarts "
+                f"({self.restart:.4g} s) and steps faster, or take fewer ranks")
         whole, last = _intervals(work, interval)
         period = interval + self.blocking
         left = np.full(trials, whole + 1)

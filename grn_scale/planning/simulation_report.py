@@ -57,6 +57,8 @@ def show(document: dict[str, Any]) -> None:
     if step["tokens_per_second"] is not None:
         console.print(f"{step['tokens_per_second']:,.0f} tokens/s while it runs ({step['tokens']:,.0f} a step, packs "
                       f"{document['fill']:.2%} full)", soft_wrap=True)
+    if run := document["run"]:
+        console.print(f"{run['steps']:,} steps take {run['seconds'] / DAY:.3f} days without failures", soft_wrap=True)
     if failures is None:
         return
     length = failures["run_steps"]

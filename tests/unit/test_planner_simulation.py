@@ -197,3 +197,9 @@ def test_clips_longer_than_a_micro_batch_are_refused(capsys, tmp_path):
     clips.write_text("t,h,w,text_tokens\n1,8,8,40\n9,16,16,40\n")
     assert run(main, [*LAYOUT, "--lengths", str(clips), "--token-budget", "1024", "--model", "model/grn_2b.yaml"]) == 2
     assert "1 of 2 clips have more than --token-budget 1024 tokens, up to 2345" in capsys.readouterr().err
+
+
+def test_a_run_of_so_many_steps_takes_their_time_without_failures(capsys):
+    assert main(["--ranks", "8", "--micro-batches", "4", "--forward-seconds", "1", "--steps", "100", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["run"] == {"steps": 100, "seconds": pytest.approx(100 * 4 * 3)}

@@ -45,6 +45,15 @@ def test_models_sequence_lengths_and_zero_stages_are_axes(tmp_path: Path) -> Non
     assert (config.model.hidden_size, config.zero.stage, config.data.token_budget) == (512, 2, 2048)
 
 
+def test_a_shipped_run_is_measured_for_any_number_of_steps(tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text("config: configs/runs/grn_8b.yaml\nprocesses: [64]\nwarmup_steps: 2\nmeasured_steps: 4\n"
+                    "mode: strong\n")
+    study = generate(read_study_file(file), tmp_path / "study")
+    assert study.cells and not study.illegal
+    assert load_config(study.config_of(study.cells[0])).train.keep_every == 0
+
+
 @pytest.mark.parametrize("keys,words", [
     ({"processes": []}, r"processes is \[\], but must be a list"), ({"processes": None}, "must be a list of numbers"),
     ({"processes": [0]}, "processes holds 0, but must hold numbers of processes above 0"),
