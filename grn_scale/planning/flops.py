@@ -15,9 +15,9 @@ TEXT_TOKENS = 512
 """Of the text that cross-attention meets, as video models have (Wan, arXiv 2503.20314, section 4.2.1)."""
 
 
-_NEGATED = re.compile(r"\b(un|not|non|never|without)[- ]?(?:\w+[- ])?(halv\w+|half|hardware|hfu|recomput\w+)|"
+_NEGATED = re.compile(r"\b(un|not?|non|never|without)[- ]?(?:\w+[- ])?(halv\w+|half|hardware|hfu|recomput\w+)|"
                       r"\bexclud\w+ (?:\w+ )?recomput\w+|hardware peak")
-_HALVED = re.compile(r"halv|\bhalf\b|divided by (2|two)\b")
+_HALVED = re.compile(r"halv|\bhalf\b(?!.precision)|divided by (2|two)\b")
 _HARDWARE = re.compile(r"hardware|\bhfu\b|recomput")
 _NO_ATTENTION = re.compile(r"no (visible )?quadratic|no attention\b|(exclud|ignor|neglect)\w* (the )?(self-)?attention|"
                            r"without (the )?(self-)?attention|attention (term )?(is )?(not counted|excluded|ignored)")

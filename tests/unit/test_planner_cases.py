@@ -199,7 +199,8 @@ def test_recomputation_is_read_from_words(text, found):
     ("attention FLOPs divided by two", Convention(halved=True)), ("not causal-halved", Convention()),
     ("HFU-type", Convention(hardware=True)), ("model FLOPs, not hardware FLOPs", Convention()),
     ("model FLOPs over the hardware peak of 989", Convention()),
-    ("model FLOPs, excluding recompute", Convention())])
+    ("model FLOPs, excluding recompute", Convention()), ("model FLOPs, no recomputation", Convention()),
+    ("model FLOPs of the half-precision peak", Convention())])
 def test_conventions_are_read_from_words(text, found):
     assert read_convention(text) == read_convention(text, rate=True) == (found, None)
 
